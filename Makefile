@@ -1,0 +1,33 @@
+# `make demo` and `make test` both start from a machine that has Python 3.11 and nothing else.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test lint bench install clean
+
+.venv/.python:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# One stamp per set of extras: warm runs install nothing, an edited pyproject.toml installs again.
+.venv/.%: pyproject.toml .venv/.python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$*]'
+	touch $@
+
+install: .venv/.test
+
+demo: .venv/.demo
+	$(BIN)/python -m configs.demo.run --output=demo_output
+
+lint: .venv/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: .venv/.test
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf .venv build dist *.egg-info demo_output

@@ -1,0 +1,25 @@
+"""Vision-language pretraining in JAX: AltCLIP, BLIP, FLAVA, IDEFICS and ViP-LLaVA on one foundation.
+
+Shapes in docstrings and annotations use one legend:
+
+    B batch      L query length   M key length    N images per example   P patches
+    H heads      K kv heads       D head width    E hidden width         V vocabulary
+
+Importing the package imports no jax: `load`, `save` and the sub-packages are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["load", "save"]
+
+_LAZY = {"load": "vlm.loading", "save": "vlm.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'vlm' has no attribute {name!r}")

@@ -1,0 +1,39 @@
+"""Errors that a user can cause, and how commands report them.
+
+A wrong input ends with one line that names the thing, what was expected and what was found, and exit status 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+
+
+class UserError(ValueError):
+    """A wrong input: the message is one line that a user can act on."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Returns `"; did you mean 'x'?"` for the choice nearest to `name`, or the short list of choices."""
+    choices = sorted(map(str, choices))
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose from {', '.join(choices)}" if 0 < len(choices) <= 12 else ""
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turns a `UserError` or a missing or unreadable file into one line on stderr and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        message = " ".join(str(error).split())
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
