@@ -1,0 +1,243 @@
+"""What a configuration holds: every section of `config` as a frozen dataclass, with its defaults.
+
+A configuration file is a Python module with `get_config(size="…") -> ml_collections.ConfigDict`, or a `.json` file (for
+example the `config.json` of an earlier run). It names what differs from the defaults below; everything here can be set
+on the command line as `--config.section.key=value`. Sequences are tuples, never lists.
+
+    family         "altclip", …: which entry of `vlm.models.FAMILIES` is trained
+    model          architecture, the fields of the family's config type. `dtype` and `remat` of a tower follow
+                   `precision.compute` and `remat` unless the section sets them itself
+    loss           the fields of the family's loss settings
+    data           sources ({kind, path, split, weight, …} each), global batch size, augmentation   → DataConfig
+    processor      tokenizer and image settings: raw examples to arrays
+    init           starting weights: a tuple of {path, …}, each naming a checkpoint; empty: from random
+    optimizer      rule, learning rate and schedule, groups of parameters, clipping, EMA            → OptimizerConfig
+    sharding       mesh sizes and which mesh axis each logical axis is split over                   → ShardingConfig
+    precision      dtype of the computation and of frozen weights                                   → PrecisionConfig
+    remat          what the backward pass computes again: "none", "dots" (all but matrix products) or "full"
+    train          steps, seed, intervals                                                           → TrainConfig
+    eval           {name: {evaluator settings}}, run every `train.eval_every` steps and by eval.py
+
+This module imports no jax: commands check their arguments before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Section = dict[str, Any]
+
+
+def _at_least(bound: float, settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{name}: expected at least {bound}, found {value}")
+
+
+def _share(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a value from 0 to 1, found {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from and how they become batches.
+
+    Attributes:
+      sources: one mapping per source, with a relative `weight`; the mixture draws by weight.
+      batch_size: examples per step over all devices and hosts.
+      seed: orders the examples and seeds augmentation, independently of `train.seed`.
+      num_workers: threads per host that decode examples; 0: in the calling thread.
+      prefetch: batches prepared ahead.
+      max_skip_fraction: the run stops when more than this share of the records had to be replaced.
+    """
+
+    sources: tuple[Section, ...] = ()
+    batch_size: int = 1024
+    seed: int = 0
+    num_workers: int = 2
+    prefetch: int = 2
+    augment: Section = field(default_factory=dict)
+    max_skip_fraction: float = 0.001
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "batch_size")
+        _at_least(0, self, "num_workers", "prefetch")
+        _share(self, "max_skip_fraction")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over steps: linear from 0 over `warmup_steps`, then `name` until the last step.
+
+    Attributes:
+      name: "constant"; "linear" or "cosine" decay to `end_factor` × peak at the last step; "rsqrt" falls with the
+        inverse square root of the step. With `warmup_steps == train.steps` the rate only ever rises.
+      cooldown_steps: the last steps fall linearly to 0 ("constant" and "rsqrt" only).
+    """
+
+    name: Literal["constant", "linear", "cosine", "rsqrt"] = "cosine"
+    warmup_steps: int = 0
+    end_factor: float = 0.0
+    cooldown_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "warmup_steps", "end_factor", "cooldown_steps")
+        if self.cooldown_steps and self.name not in ("constant", "rsqrt"):
+            raise ValueError(f"cooldown_steps: a {self.name} schedule has none, found {self.cooldown_steps}")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """How one group of parameters is trained; `weight_decay=None` takes the optimizer's."""
+
+    freeze: bool = False
+    lr_multiplier: float = 1.0
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "lr_multiplier", "weight_decay")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule.
+
+    Attributes:
+      betas: moment decays of adamw and lion; sgd uses the first as momentum.
+      weight_decay: decoupled (multiplied with the learning rate); not applied to paths in `decay_exclude`.
+      grad_clip_norm: bound on the global norm over all trainable gradients.
+      groups: (path regex, settings); the first full match wins. Every parameter must match one and every regex at
+        least one parameter. Frozen parameters have no gradient and no optimizer state.
+      accumulation_steps: micro-batches per step. Each is a batch of its own to the loss: a contrastive loss then sees
+        `data.batch_size / accumulation_steps` candidates.
+      ema_decay: keeps an exponential moving average of the trainable parameters.
+    """
+
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    lr: float = 1e-4
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay_exclude: tuple[str, ...] = (
+        r"(.*/)?(bias|scale|logit_scale)",
+        r".*(class|mask)_embedding",
+        r".*position_embedding(/.*)?",
+    )
+    grad_clip_norm: float | None = None
+    groups: tuple[tuple[str, GroupConfig], ...] = ((".*", GroupConfig()),)
+    accumulation_steps: int = 1
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "lr", "weight_decay", "eps", "grad_clip_norm")
+        _at_least(1, self, "accumulation_steps")
+        _share(self, "ema_decay")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas: expected values from 0 to below 1, found {self.betas}")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (one of them at most) takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"{axis}: expected a number of devices or -1, found {size}")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"expected -1 for one axis at most, found {sizes}")
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """The mesh, and for every logical axis of a weight or activation the mesh axes it is split over (None: whole)."""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    rules: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+        ("batch", ("data", "fsdp")),
+        ("embed", "fsdp"),
+        ("mlp", "tensor"),
+        ("heads", "tensor"),
+        ("kv_heads", "tensor"),
+        ("vocab", "tensor"),
+        ("patch", None),
+        ("position", None),
+        ("norm", None),
+        ("projection", None),
+        ("layers", None),
+        ("length", None),
+        ("embed_activation", None),
+    )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Dtypes. Trainable parameters, their gradients and the optimizer are always float32.
+
+    Attributes:
+      compute: activations, and weights where they are used. bfloat16 is slow on CPUs.
+      frozen: how frozen parameters are stored.
+    """
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+    frozen: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      seed: parameters, dropout.
+      log_every, eval_every, checkpoint_every: in steps; 0: never (the last step is always saved).
+      keep: newest checkpoints kept.
+      max_bad_steps: the run stops after this many consecutive steps with a non-finite loss or gradient.
+      sample_images: images of the first batch written to workdir/samples.
+      tensorboard: also write TensorBoard event files.
+      wandb: project to log to with Weights & Biases (extra "wandb").
+    """
+
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int = 0
+    checkpoint_every: int = 1000
+    keep: int = 3
+    max_bad_steps: int = 8
+    sample_images: int = 16
+    tensorboard: bool = True
+    wandb: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "steps", "keep", "max_bad_steps")
+        _at_least(0, self, "log_every", "eval_every", "checkpoint_every", "sample_images")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole configuration; see the module's docstring."""
+
+    family: str
+    model: Section = field(default_factory=dict)
+    loss: Section = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    processor: Section = field(default_factory=dict)
+    init: tuple[Section, ...] = ()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    remat: Literal["none", "dots", "full"] = "none"
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: Section = field(default_factory=dict)
