@@ -1,0 +1,115 @@
+"""Attention against PyTorch's, and its invariants: masks, grouped heads, caches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from vlm.layers import attention, cache, masks, positions
+
+
+def _qkv(heads: int, kv_heads: int, length: int = 5, keys: int = 7, width: int = 8) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(0)
+    shapes = [(2, length, heads, width), (2, keys, kv_heads, width), (2, keys, kv_heads, width)]
+    return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+
+def _torch(query, key, value, mask=None) -> np.ndarray:
+    q, k, v = (torch.tensor(x).transpose(1, 2) for x in (query, key, value))
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    mask = None if mask is None else torch.tensor(np.asarray(mask))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).numpy()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["none", "padding", "per_head"])
+def test_equals_pytorch(kv_heads, kind):
+    query, key, value = _qkv(4, kv_heads)
+    rng = np.random.default_rng(1)
+    mask = {
+        "none": None,
+        "padding": masks.padding_mask(jnp.array([[1] * 7, [1] * 4 + [0] * 3], bool)),
+        "per_head": jnp.asarray(rng.random((2, 4, 5, 7)) < 0.6).at[..., 0].set(True),
+    }[kind]
+    found = attention.dot_product_attention(query, key, value, mask)
+    expected = _torch(query, key, value, None if mask is None else np.broadcast_to(mask, (2, 4, 5, 7)))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    weights = attention.attention_weights(query, key, mask)
+    mixed = np.einsum("bhlm,bmhd->blhd", weights, np.repeat(value, 4 // kv_heads, axis=2))
+    np.testing.assert_allclose(mixed, expected, atol=2e-6)
+
+
+def test_formulations_agree_in_value_and_gradient(monkeypatch):
+    query, key, value = _qkv(4, 2)
+    mask = masks.padding_mask(jnp.array([[1] * 7, [1] * 4 + [0] * 3], bool))
+
+    def total(kernel):
+        monkeypatch.setattr(attention, "attention_kernel", lambda *_, **__: kernel)
+        f = lambda *x: jnp.square(attention.dot_product_attention(*x, mask)).sum()  # noqa: E731
+        return jax.value_and_grad(f, argnums=(0, 1, 2))(query, key, value)
+
+    late, xla = total("late"), total("xla")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), late, xla)
+
+
+def test_rows_without_keys_are_finite_and_large_scores_do_not_overflow():
+    query, key, value = _qkv(2, 2)
+    nothing = jnp.zeros((2, 1, 1, 7), bool)
+    uniform = attention.dot_product_attention(query, key, value, nothing)
+    np.testing.assert_allclose(uniform, np.broadcast_to(value.mean(1, keepdims=True), uniform.shape), atol=1e-6)
+    assert np.isfinite(attention.dot_product_attention(1e4 * query, 1e4 * key, value)).all()
+    gradient = jax.grad(lambda q: attention.dot_product_attention(q, key, value, nothing).sum())(query)
+    assert np.isfinite(gradient).all()
+
+
+def test_kernel_choice():
+    assert attention.attention_kernel("cpu", jnp.float32, 64, masked=True) == "late"
+    assert attention.attention_kernel("gpu", jnp.bfloat16, 64, masked=False) == "cudnn"
+    assert attention.attention_kernel("gpu", jnp.bfloat16, 64, masked=True) == "xla"
+    assert attention.attention_kernel("gpu", jnp.float32, 64, masked=False) == "xla"
+    assert attention.attention_kernel("tpu", jnp.bfloat16, 128, masked=False) == "xla"
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms", "layer"])
+def test_cached_steps_equal_the_full_pass(qk_norm):
+    """Prefill of three positions, then one at a time, gives what one causal pass over all gives."""
+    module = attention.Attention(num_heads=4, head_dim=8, num_kv_heads=2, qk_norm=qk_norm)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 32))
+    params = module.init(jax.random.key(1), x)
+
+    def run(part, start, mask, buffer):
+        where = jnp.broadcast_to(jnp.arange(start, start + part.shape[1]), part.shape[:2])
+        return module.apply(params, part, mask, rotary=positions.rotary_tables(where, 8), cache=buffer)
+
+    full, _, _ = run(x, 0, masks.causal_mask(6), None)
+    buffer = cache.Cache.empty(2, 9, num_kv_heads=2, head_dim=8)
+    outputs = []
+    for start, stop in [(0, 3), (3, 4), (4, 5), (5, 6)]:
+        mask = masks.cached_mask(buffer.slots(stop - start, 2), buffer.max_length)
+        output, buffer, _ = run(x[:, start:stop], start, mask, buffer)
+        outputs.append(output)
+    assert int(buffer.index) == 6
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), full, atol=1e-5)
+
+
+def test_cross_attention_with_projected_keys_and_values():
+    module = attention.Attention(num_heads=4, head_dim=8, out_features=16)
+    x, context = jax.random.normal(jax.random.key(0), (2, 3, 16)), jax.random.normal(jax.random.key(1), (2, 5, 24))
+    params = module.init(jax.random.key(2), x, context=context)
+    output, keys_values, weights = module.apply(params, x, context=context, output_attentions=True)
+    assert output.shape == (2, 3, 16) and weights.shape == (2, 4, 3, 5)
+    again, _, _ = module.apply(params, x, keys_values=keys_values)
+    np.testing.assert_allclose(again, output, atol=1e-6)
+
+
+def test_attention_dropout_keeps_the_expectation():
+    module = attention.Attention(num_heads=2, head_dim=4, dropout_rate=0.5)
+    x = jax.random.normal(jax.random.key(0), (1, 6, 8))
+    params = module.init(jax.random.key(1), x)
+    plain = module.apply(params, x)[0]
+    keys = jax.random.split(jax.random.key(2), 4000)
+    dropped = jax.vmap(lambda key: module.apply(params, x, deterministic=False, rngs={"dropout": key})[0])(keys)
+    assert np.abs(dropped[0] - plain).max() > 1e-3
+    np.testing.assert_allclose(dropped.mean(0), plain, atol=5 * float(dropped.std() / 4000**0.5) + 1e-4)

@@ -1,0 +1,112 @@
+"""The scanned stack against its layers run one by one; rematerialisation, dropout, stochastic depth."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm.layers import masks
+from vlm.layers.cache import Cache
+from vlm.layers.transformer import LayerInput, TransformerBlock, scan_layers
+
+SIZES = {"num_heads": 2, "head_dim": 8, "mlp_dim": 32, "activation": "gelu", "norm_eps": 1e-5}
+
+
+class Stack(nn.Module):
+    """A stack alone, to call `scan_layers` from."""
+
+    options: dict
+    num_layers: int = 3
+
+    @nn.compact
+    def __call__(self, x, mask=None, **flags):
+        return scan_layers(partial(TransformerBlock, **{**SIZES, **self.options}), self.num_layers, x, mask, **flags)
+
+
+def _init(**options):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    model = Stack(options)
+    params = nn.unbox(model.init(jax.random.key(1), x))
+    noise = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+    return model, noise, x
+
+
+@pytest.mark.parametrize("options", [{}, {"pre_norm": False}, {"norm": "rms", "gated_mlp": True, "activation": "silu"}])
+def test_scan_equals_layers_one_by_one(options):
+    model, params, x = _init(**options)
+    mask = masks.padding_mask(jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool))
+    found = model.apply(params, x, mask, output_hidden_states=True, output_attentions=True)
+    block, hidden, states, weights = TransformerBlock(**{**SIZES, **options}, output_attentions=True), x, [x], []
+    for i in range(3):
+        layer = jax.tree.map(lambda p, i=i: p[i], params["params"]["layers"])
+        hidden, output = block.apply({"params": layer}, hidden, LayerInput(), mask)
+        states.append(hidden)
+        weights.append(output.attention)
+    np.testing.assert_allclose(found.hidden, hidden, atol=1e-5)
+    np.testing.assert_allclose(found.hidden_states, jnp.stack(states), atol=1e-5)
+    np.testing.assert_allclose(found.attentions, jnp.stack(weights), atol=1e-6)
+    np.testing.assert_allclose(found.attentions.sum(-1), 1, atol=1e-5)
+    assert np.all(np.asarray(found.attentions)[:, 1, :, :, 3:] == 0)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_rematerialisation_changes_neither_value_nor_gradient(remat, unroll):
+    model, params, x = _init()
+
+    def run(**options):
+        return jax.value_and_grad(lambda p: jnp.square(model.apply(p, x, **options).hidden).sum())(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), run(), run(remat=remat, unroll=unroll)
+    )
+
+
+def test_full_remat_keeps_fewer_bytes():
+    model, params, _ = _init()
+    x = jnp.zeros((64, 64, 16))
+
+    def temp(remat):
+        f = jax.grad(lambda p: jnp.square(model.apply(p, x, remat=remat).hidden).sum())
+        return jax.jit(f).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp("full") < 0.8 * temp("none")
+
+
+def test_dropout_differs_between_layers_and_is_keyed():
+    model, params, x = _init(dropout_rate=0.5)
+    run = lambda seed: model.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(seed)}).hidden  # noqa: E731
+    assert np.abs(run(0) - run(1)).max() > 1e-2
+    np.testing.assert_array_equal(run(0), run(0))
+
+
+def test_stochastic_depth_drops_whole_examples_at_the_linear_rates():
+    """With rate 1 in the last layer, that layer is the identity; the first layer (rate 0) is always kept."""
+    model, params, x = _init()
+    flags = {"deterministic": False, "output_hidden_states": True, "drop_path_rate": 1.0}
+    states = model.apply(params, x, rngs={"dropout": jax.random.key(0)}, **flags).hidden_states
+    np.testing.assert_array_equal(states[3], states[2])
+    plain = model.apply(params, x, output_hidden_states=True).hidden_states
+    np.testing.assert_allclose(states[1], plain[1], atol=1e-6)
+
+    changed = jax.vmap(
+        lambda key: jnp.abs(jnp.diff(model.apply(params, x, rngs={"dropout": key}, **flags).hidden_states[1:3], axis=0))
+    )(jax.random.split(jax.random.key(3), 500)).max((1, 3, 4))
+    assert abs(float((changed == 0).mean()) - 0.25) < 0.05  # both branches of the middle layer dropped: 0.5²
+
+
+def test_stacked_cache_equals_the_full_pass():
+    model, params, x = _init(num_kv_heads=1)
+    full = model.apply(params, x, masks.causal_mask(5)).hidden
+    cache = Cache.empty(2, 8, 1, 8, num_layers=3)
+    outputs = []
+    for i in range(5):
+        mask = masks.cached_mask(jnp.full((2, 1), i), 8)
+        output = model.apply(params, x[:, i : i + 1], mask, cache=cache)
+        cache = output.cache
+        outputs.append(output.hidden)
+    np.testing.assert_array_equal(cache.index, [5, 5, 5])
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), full, atol=1e-5)

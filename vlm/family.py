@@ -1,0 +1,56 @@
+"""The contract between a model family and everything that trains, evaluates, converts and loads models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+Params = Any
+Extra = dict[str, Any]
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Loss(Protocol):
+    """The objective of a training step, a pure function."""
+
+    def __call__(
+        self, model: Any, params: Params, extra: Extra, batch: Batch, rng: jax.Array, config: Any
+    ) -> tuple[jax.Array, tuple[Metrics, Extra]]:
+        """Returns the scalar to minimise, its terms for the log, and the next `extra`.
+
+        Args:
+          model: the family's module; params: its parameters; extra: other state (teacher, queue).
+          batch: arrays as the processor makes them, on the mesh; rng: key of this step; config: the loss settings.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+      name: its key in `vlm.models.FAMILIES`, and `config.family`.
+      config_type: frozen dataclass of the architecture; `config.model` is built into it.
+      module: makes the Linen module from that config.
+      loss_type: frozen dataclass of the loss settings; `config.loss` is built into it.
+      loss: the objective.
+      init_extra: (loss settings, rng) -> extra state at step 0, a traceable function; {} where there is none.
+      example: (architecture) -> one abstract batch of size 1 that reaches every parameter: the arguments of `init`.
+      processor: the class that turns images and texts into batches and has `load(dir)`, `save(dir)`.
+      weights: the module with the family's tables for foreign checkpoints.
+    """
+
+    name: str
+    config_type: type
+    module: Callable[[Any], Any]
+    loss_type: type
+    loss: Loss
+    init_extra: Callable[[Any, jax.Array], Extra]
+    example: Callable[[Any], dict[str, Any]]
+    processor: Any
+    weights: Any

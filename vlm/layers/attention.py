@@ -1,0 +1,180 @@
+"""Multi-head attention: one function for the arithmetic, one module for the projections around it.
+
+Used by every encoder and decoder: grouped key/value heads, boolean masks, rotary positions, key and value caches,
+query/key normalisation, attention over another sequence. The softmax runs in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from vlm.layers.cache import Cache
+from vlm.layers.linear import Initializer, Linear, constrain, default_init
+from vlm.layers.norms import LayerNorm, RMSNorm
+from vlm.layers.positions import apply_rotary
+
+Mask = Bool[Array, "#b #h #l m"] | None
+KeysValues = tuple[Float[Array, "b m k d"], Float[Array, "b m k d"]]
+
+
+def attention_kernel(backend: str, dtype: Any, head_dim: int, *, masked: bool) -> Literal["cudnn", "xla", "late"]:
+    """Names the formulation that `dot_product_attention` uses.
+
+    * "late" on CPU: the softmax is normalised after the product with the values, on [L, D] instead of [L, M] numbers;
+    * "cudnn" on NVIDIA GPUs in half precision without a mask (its masked backward pass wants lengths of 64·n);
+    * "xla" everywhere else.
+    """
+    if backend == "cpu":
+        return "late"
+    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    return "cudnn" if backend == "gpu" and half and not masked and head_dim % 8 == 0 and head_dim <= 128 else "xla"
+
+
+def dot_product_attention(
+    query: Float[Array, "b l h d"],
+    key: Float[Array, "b m k d"],
+    value: Float[Array, "b m k d"],
+    mask: Mask = None,
+) -> Float[Array, "b l h d"]:
+    """softmax(q kᵀ / √D) v with the fastest formulation for the device.
+
+    Rows whose mask hides every key attend uniformly (as PyTorch's additive masks do); they are finite.
+    """
+    kernel = attention_kernel(jax.default_backend(), query.dtype, query.shape[-1], masked=mask is not None)
+    if kernel == "late":
+        scores, grouped_value = _scores(query, key, value, mask)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        total = weights.sum(-1, keepdims=True)
+        mixed = jnp.einsum("bkglm,bkmd->bkgld", weights.astype(value.dtype), grouped_value)
+        return _merge((mixed / total.astype(mixed.dtype)), query.shape)
+    implementation = "cudnn" if kernel == "cudnn" else "xla"
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+
+
+def attention_weights(
+    query: Float[Array, "b l h d"], key: Float[Array, "b m k d"], mask: Mask = None
+) -> Float[Array, "b h l m"]:
+    """The normalised attention weights themselves, float32: for outputs, visualisation and attention dropout."""
+    scores, _ = _scores(query, key, key, mask)
+    batch, length, heads, _ = query.shape
+    return jax.nn.softmax(scores, axis=-1).reshape(batch, heads, length, key.shape[1])
+
+
+def _scores(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> tuple[Float[Array, "b k g l m"], Float[Array, "b k m d"]]:
+    """Scaled, masked scores in float32, query heads grouped by the key/value head they share."""
+    batch, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+    grouped = (query * width**-0.5).transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads, length, width)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkgld,bkmd->bkglm", grouped, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*mask.shape[:1], mask.shape[1], *mask.shape[2:]))
+        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], kv_heads, -1, *mask.shape[2:])
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    return scores, value
+
+
+def _merge(grouped: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    batch, length, heads, width = shape
+    return grouped.reshape(batch, heads, length, -1).transpose(0, 2, 1, 3)
+
+
+class Attention(nn.Module):
+    """Projects to queries, keys and values, attends, projects back.
+
+    Attributes:
+      num_heads, num_kv_heads: query heads H and key/value heads K (K divides H; None: K = H).
+      head_dim: width D of one head; H·D need not equal the hidden width.
+      qk_norm: normalises queries and keys per head before rotary positions ("layer" or "rms").
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    qkv_bias: bool = True
+    out_bias: bool = True
+    qk_norm: Literal["layer", "rms"] | None = None
+    norm_eps: float = 1e-5
+    dropout_rate: float = 0.0
+    qkv_init: Initializer = default_init
+    out_init: Initializer = default_init
+    out_features: int | None = None
+    dtype: Any = jnp.float32
+
+    def _project(self, name: str, x: jax.Array, heads: int) -> Float[Array, "b l h d"]:
+        axes = ("embed", "heads" if name == "query" else "kv_heads")
+        width = heads * self.head_dim
+        y = Linear(width, axes, self.qkv_bias, self.qkv_init, dtype=self.dtype, name=name)(x)
+        y = constrain(y, "batch", "length", "heads_activation")
+        return y.reshape(*y.shape[:2], heads, self.head_dim)
+
+    def _normalise(self, name: str, x: jax.Array) -> jax.Array:
+        if self.qk_norm is None or name == "value":
+            return x
+        norm = LayerNorm if self.qk_norm == "layer" else RMSNorm
+        return norm(self.norm_eps, self.dtype, name=f"{name}_norm")(x)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l e"],
+        mask: Mask = None,
+        *,
+        context: Float[Array, "b m c"] | None = None,
+        keys_values: KeysValues | None = None,
+        rotary: tuple[Float[Array, "b l d"], Float[Array, "b l d"]] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        output_attentions: bool = False,
+    ) -> tuple[Float[Array, "b l e"], KeysValues | Cache, Float[Array, "b h l m"] | None]:
+        """Attends from `x` to itself, to `context`, or to already projected `keys_values`.
+
+        With a `cache`, the new keys and values take its next slots and `mask` spans the whole buffer
+        (`masks.cached_mask`). Returns the output, the keys and values (the updated cache where one was given) and the
+        attention weights if asked for.
+        """
+        kv_heads = self.num_kv_heads or self.num_heads
+        query = self._normalise("query", self._project("query", x, self.num_heads))
+        if rotary is not None:
+            query = apply_rotary(query, rotary)
+        if keys_values is None:
+            source = x if context is None else context
+            key = self._normalise("key", self._project("key", source, kv_heads))
+            if rotary is not None:
+                key = apply_rotary(key, rotary)
+            keys_values = (key, self._project("value", source, kv_heads))
+        state: KeysValues | Cache = keys_values
+        if cache is not None:
+            state = cache.append(*keys_values)
+            keys_values = (state.key.astype(self.dtype), state.value.astype(self.dtype))
+        mixed, weights = self._attend(query, keys_values, mask, deterministic, output_attentions)
+        mixed = mixed.reshape(*mixed.shape[:2], self.num_heads * self.head_dim)
+        features = self.out_features or x.shape[-1]
+        out = Linear(features, ("heads", "embed"), self.out_bias, self.out_init, dtype=self.dtype, name="out")
+        return out(mixed), state, weights
+
+    def _attend(
+        self,
+        query: jax.Array,
+        keys_values: KeysValues,
+        mask: Mask,
+        deterministic: bool,
+        output_attentions: bool,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        key, value = keys_values
+        dropout = self.dropout_rate > 0 and not deterministic
+        if not dropout and not output_attentions:
+            return dot_product_attention(query, key, value, mask), None
+        weights = attention_weights(query, key, mask)
+        dropped = nn.Dropout(self.dropout_rate, name="dropout")(weights, deterministic=not dropout)
+        groups = query.shape[2] // key.shape[2]
+        value = value if groups == 1 else jnp.repeat(value, groups, axis=2)
+        mixed = jnp.einsum("bhlm,bmhd->blhd", dropped.astype(value.dtype), value)
+        return mixed, weights if output_attentions else None

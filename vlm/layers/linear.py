@@ -1,0 +1,74 @@
+"""Linear maps and embedding tables: the only place where initialisers meet logical axis names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Initializer = Callable[..., Any]
+Dtype = Any
+
+default_init = nn.initializers.normal(0.02)
+
+
+def param(
+    module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> jax.Array:
+    """Creates a float32 parameter of `module` and names the logical axis of each of its dimensions."""
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks the compiler to lay `x` out along logical `axes` (`None`: not split). A no-op without a mesh."""
+    return cast(jax.Array, nn.with_logical_constraint(x, axes))
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias` on the last axis, with a 2-D kernel [in, out] whatever the caller reshapes it to.
+
+    Attributes:
+      features: width of the output.
+      axes: logical names of the kernel's input and output axis.
+      dtype: dtype of the computation; parameters stay in float32 and are cast where they are used.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool = True
+    kernel_init: Initializer = default_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            y = y + param(self, "bias", self.bias_init, (self.features,), self.axes[1:]).astype(self.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """A table of vectors, looked up by integer id; `attend` multiplies with its transpose (tied output layer)."""
+
+    num_embeddings: int
+    features: int
+    axes: tuple[str | None, str] = ("vocab", "embed")
+    embedding_init: Initializer = default_init
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        shape = (self.num_embeddings, self.features)
+        self.embedding = param(self, "embedding", self.embedding_init, shape, self.axes)
+
+    def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b e"]:
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def attend(self, hidden: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
+        """Scores `hidden` against every row of the table."""
+        return jnp.dot(hidden.astype(self.dtype), self.embedding.astype(self.dtype).T)

@@ -1,0 +1,45 @@
+"""Normalisation layers, always computed in float32.
+
+The mean is subtracted before squaring: the one-pass variance E[x²] − E[x]² loses digits on shifted inputs and fails
+for the tiny epsilons (1e-12) of BERT-style models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlm.layers.linear import param
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016): (x − mean) / √(var + eps) · scale + bias."""
+
+    eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+        scale = param(self, "scale", nn.initializers.ones_init(), x.shape[-1:], ("norm",))
+        bias = param(self, "bias", nn.initializers.zeros_init(), x.shape[-1:], ("norm",))
+        centred = x.astype(jnp.float32)
+        centred = centred - centred.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019): x / √(mean(x²) + eps) · scale."""
+
+    eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+        scale = param(self, "scale", nn.initializers.ones_init(), x.shape[-1:], ("norm",))
+        x = x.astype(jnp.float32)
+        return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * scale).astype(self.dtype)

@@ -1,0 +1,205 @@
+"""The transformer block and the scanned stack of blocks that every encoder and decoder is made of."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlm.layers.attention import Attention, Mask
+from vlm.layers.cache import Cache
+from vlm.layers.linear import Initializer, constrain, default_init
+from vlm.layers.mlp import MLP, GatedMLP
+from vlm.layers.norms import LayerNorm, RMSNorm
+
+Remat = Literal["none", "dots", "full"]
+
+
+@flax.struct.dataclass
+class LayerInput:
+    """What differs from layer to layer of a stack: the stochastic-depth rate and the cache."""
+
+    drop_path_rate: jax.Array | None = None
+    cache: Cache | None = None
+
+
+@flax.struct.dataclass
+class LayerOutput:
+    """What a layer gives beside its hidden state; a stack stacks these on a leading layer axis."""
+
+    hidden: jax.Array | None = None
+    attention: jax.Array | None = None
+    cache: Cache | None = None
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and MLP with residual connections, normalised before (pre-norm) or after (post-norm) each.
+
+    pre-norm:  x ← x + attention(norm(x));  x ← x + mlp(norm(x))        (ViT, CLIP, LLaMA)
+    post-norm: x ← norm(x + attention(x));  x ← norm(x + mlp(x))        (BERT, RoBERTa)
+    """
+
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    activation: str
+    norm_eps: float
+    pre_norm: bool = True
+    norm: Literal["layer", "rms"] = "layer"
+    gated_mlp: bool = False
+    num_kv_heads: int | None = None
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    qkv_init: Initializer = default_init
+    out_init: Initializer = default_init
+    up_init: Initializer = default_init
+    down_init: Initializer = default_init
+    dtype: Any = jnp.float32
+    deterministic: bool = True
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Float[Array, "b l e"],
+        layer: LayerInput,
+        mask: Mask = None,
+        rotary: tuple[Float[Array, "b l d"], Float[Array, "b l d"]] | None = None,
+    ) -> tuple[Float[Array, "b l e"], LayerOutput]:
+        """One layer; the signature is what `jax.lax.scan` carries, scans over and broadcasts."""
+        norm = partial(LayerNorm if self.norm == "layer" else RMSNorm, self.norm_eps, self.dtype)
+        attention_norm, mlp_norm = norm(name="attention_norm"), norm(name="mlp_norm")
+        hidden = constrain(hidden, "batch", "length", "embed_activation")
+
+        branch, state, weights = self._attention()(
+            attention_norm(hidden) if self.pre_norm else hidden,
+            mask,
+            rotary=rotary,
+            cache=layer.cache,
+            deterministic=self.deterministic,
+            output_attentions=self.output_attentions,
+        )
+        hidden = hidden + self._drop(branch, layer)
+        hidden = hidden if self.pre_norm else attention_norm(hidden)
+
+        branch = self._mlp()(mlp_norm(hidden) if self.pre_norm else hidden)
+        hidden = hidden + self._drop(branch, layer)
+        hidden = hidden if self.pre_norm else mlp_norm(hidden)
+        return hidden, LayerOutput(
+            hidden=hidden if self.output_hidden_states else None,
+            attention=weights,
+            cache=state if isinstance(state, Cache) else None,
+        )
+
+    def _attention(self) -> Attention:
+        return Attention(
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            num_kv_heads=self.num_kv_heads,
+            qkv_bias=self.qkv_bias,
+            out_bias=self.out_bias,
+            dropout_rate=self.attention_dropout_rate,
+            qkv_init=self.qkv_init,
+            out_init=self.out_init,
+            dtype=self.dtype,
+            name="attention",
+        )
+
+    def _mlp(self) -> MLP | GatedMLP:
+        if self.gated_mlp:
+            return GatedMLP(self.mlp_dim, self.activation, self.mlp_bias, self.up_init, self.dtype, name="mlp")
+        inits = (self.up_init, self.down_init)
+        return MLP(self.mlp_dim, self.activation, self.mlp_bias, *inits, dtype=self.dtype, name="mlp")
+
+    def _drop(self, branch: jax.Array, layer: LayerInput) -> jax.Array:
+        """Dropout, then stochastic depth (Huang et al. 2016): the branch of a whole example is skipped."""
+        if self.deterministic:
+            return branch
+        if self.dropout_rate:
+            branch = nn.Dropout(self.dropout_rate, deterministic=False)(branch)
+        if layer.drop_path_rate is not None:
+            keep = 1.0 - layer.drop_path_rate
+            shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+            kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+            branch = jnp.where(kept, branch / keep.astype(branch.dtype), jnp.zeros((), branch.dtype))
+        return branch
+
+
+@flax.struct.dataclass
+class StackOutput:
+    """Last hidden state [B, L, E]; on request hidden_states [layers + 1, B, L, E] (the first is the stack's input),
+    attentions [layers, B, H, L, M]; the updated cache where one was given.
+    """
+
+    hidden: jax.Array
+    hidden_states: jax.Array | None = None
+    attentions: jax.Array | None = None
+    cache: Cache | None = None
+
+
+def scan_layers(
+    block: partial,
+    num_layers: int,
+    hidden: Float[Array, "b l e"],
+    mask: Mask = None,
+    *,
+    rotary: tuple[Float[Array, "b l d"], Float[Array, "b l d"]] | None = None,
+    cache: Cache | None = None,
+    drop_path_rate: float = 0.0,
+    remat: Remat = "none",
+    unroll: int = 1,
+    deterministic: bool = True,
+    output_hidden_states: bool = False,
+    output_attentions: bool = False,
+    name: str = "layers",
+) -> StackOutput:
+    """Runs `num_layers` equal blocks inside the calling module: one compiled block, scanned; the parameters are
+    stacked on a leading "layers" axis.
+
+    Args:
+      block: a partial of the block's class; its keywords configure every layer.
+      cache: stacked on the layer axis (`Cache.empty(num_layers=…)`).
+      drop_path_rate: stochastic depth, growing linearly from 0 in the first layer to this rate in the last.
+      remat: what the backward pass computes again: nothing ("none"), all but matrix products ("dots"), or all ("full").
+      unroll: layers per iteration of the scan; more trades compile time for fewer copies of the stacked weights.
+      name: path of the stacked parameters.
+    """
+    rates = jnp.linspace(0.0, drop_path_rate, num_layers) if drop_path_rate and not deterministic else None
+    scan: Any = nn.scan  # its annotation knows a single axis only
+    layers = scan(
+        _rematerialised(block.func, remat),
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=num_layers,
+        unroll=min(unroll, num_layers),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(
+        **block.keywords,
+        deterministic=deterministic,
+        output_hidden_states=output_hidden_states,
+        output_attentions=output_attentions,
+        name=name,
+    )
+    first = hidden
+    hidden, outputs = layers(hidden, LayerInput(rates, cache), mask, rotary)
+    states = outputs.hidden
+    if states is not None:
+        states = jnp.concatenate([first[None].astype(states.dtype), states])
+    return StackOutput(hidden, states, outputs.attention, outputs.cache)
+
+
+def _rematerialised(block: Any, remat: Remat) -> Any:
+    if remat == "none":
+        return block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return nn.remat(block, policy=policy, prevent_cse=False)

@@ -1,0 +1,125 @@
+"""AltCLIP's objectives (arXiv 2211.06679, section 3): teacher learning on parallel text, then contrastive tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from vlm.encoders.clip_text import ClipTextConfig
+from vlm.family import Batch, Extra, Metrics, Params
+from vlm.losses import contrastive, cross_entropy, mean_squared_error
+from vlm.models.altclip.model import AltCLIP, AltCLIPConfig, normalise
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Settings of the objectives.
+
+    Attributes:
+      objective: "teacher_learning" (stage 1), "contrastive" (stage 2, and CLIP pretraining) or "lm" (masked language
+        modelling on the text tower).
+      target: what the student regresses onto, the teacher's end-of-text state ("pooled") or its projection.
+      teacher: architecture of the live teacher; None where batches carry precomputed targets.
+      lock_image: the image tower is neither trained nor run with dropout (LiT, Zhai et al. 2022).
+      max_logit_scale: upper bound of the log temperature (CLIP: ln 100), or None.
+      form: how the batch × batch logits are computed, see `vlm.losses.contrastive`.
+    """
+
+    objective: Literal["teacher_learning", "contrastive", "lm"] = "contrastive"
+    target: Literal["pooled", "projected"] = "pooled"
+    teacher: ClipTextConfig | None = None
+    teacher_projection_dim: int = 768
+    lock_image: bool = True
+    max_logit_scale: float | None = 4.6052
+    form: Literal["auto", "rows", "ring"] = "auto"
+
+
+def teacher_model(config: LossConfig) -> AltCLIP | None:
+    """The text half of the CLIP that stage 1 learns from, or None where targets are precomputed."""
+    if config.objective != "teacher_learning" or config.teacher is None:
+        return None
+    return AltCLIP(
+        AltCLIPConfig(vision=None, text=None, clip_text=config.teacher, projection_dim=config.teacher_projection_dim)
+    )
+
+
+def init_extra(config: LossConfig, rng: jax.Array) -> Extra:
+    """The teacher's parameters, where there is a live teacher; its real weights come from `config.init`."""
+    teacher = teacher_model(config)
+    if teacher is None:
+        return {}
+    return {"teacher": teacher.init(rng, tokens=jnp.zeros((1, 2), jnp.int32))["params"]}
+
+
+def loss(
+    model: AltCLIP, params: Params, extra: Extra, batch: Batch, rng: jax.Array, config: LossConfig
+) -> tuple[jax.Array, tuple[Metrics, Extra]]:
+    """Dispatches on the configured objective; see `vlm.family.Loss`."""
+    value, metrics = OBJECTIVES[config.objective](model, params, extra, batch, rng, config)
+    return value, (metrics, extra)
+
+
+def teacher_targets(config: LossConfig, extra: Extra, batch: Batch) -> jax.Array:
+    """The embeddings to regress onto [B, D]: precomputed (`batch["target"]`) or from the live teacher, in float32."""
+    if "target" in batch:
+        return batch["target"].astype(jnp.float32)
+    teacher = teacher_model(config)
+    if teacher is None:
+        raise ValueError("loss: expected batches with a 'target' or a live teacher (loss.teacher), found neither")
+    method = teacher.encode_text_pooled if config.target == "pooled" else teacher.encode_text
+    target = teacher.apply(
+        {"params": extra["teacher"]}, batch["teacher_tokens"], batch.get("teacher_mask"), method=method
+    )
+    return jax.lax.stop_gradient(jnp.asarray(target, jnp.float32))
+
+
+def _teacher_learning(
+    model: AltCLIP, params: Params, extra: Extra, batch: Batch, rng: jax.Array, config: LossConfig
+) -> tuple[jax.Array, Metrics]:
+    """Mean squared error between the student's text embedding of one language and the teacher's of English."""
+    method = model.encode_text_pooled if config.target == "pooled" else model.encode_text
+    student = _apply(model, params, rng, method, batch["tokens"], batch["mask"])
+    target = teacher_targets(config, extra, batch)
+    value = mean_squared_error(student, target)
+    cosine = jnp.sum(normalise(student) * normalise(target), axis=-1).mean()
+    return value, {"mse": value, "cosine": cosine}
+
+
+def _contrastive(
+    model: AltCLIP, params: Params, extra: Extra, batch: Batch, rng: jax.Array, config: LossConfig
+) -> tuple[jax.Array, Metrics]:
+    """Symmetric InfoNCE over the global batch (Radford et al. 2021, figure 3)."""
+    del extra
+    image_rng, text_rng = jax.random.split(rng)
+    image = _apply(model, params, image_rng, model.encode_image, batch["image"], deterministic=config.lock_image)
+    text = _apply(model, params, text_rng, model.encode_text, batch["tokens"], batch["mask"])
+    scale = params["logit_scale"]
+    if config.max_logit_scale is not None:
+        scale = jnp.minimum(scale, config.max_logit_scale)
+    image, text = normalise(jax.lax.stop_gradient(image) if config.lock_image else image), normalise(text)
+    value = contrastive(image, text, jnp.exp(scale), form=config.form)
+    positive = jnp.sum(image * text, axis=-1).mean()
+    return value, {"contrastive": value, "logit_scale": jnp.exp(scale), "positive_cosine": positive}
+
+
+def _lm(
+    model: AltCLIP, params: Params, extra: Extra, batch: Batch, rng: jax.Array, config: LossConfig
+) -> tuple[jax.Array, Metrics]:
+    """Cross-entropy at the masked positions; `labels` is −100 everywhere else."""
+    del extra, config
+    logits = _apply(model, params, rng, model.lm_logits, batch["tokens"], batch["mask"])
+    value = cross_entropy(logits, batch["labels"])
+    return value, {"lm": value}
+
+
+OBJECTIVES: dict[str, Any] = {"teacher_learning": _teacher_learning, "contrastive": _contrastive, "lm": _lm}
+
+
+def _apply(
+    model: AltCLIP, params: Params, rng: jax.Array, method: Any, *inputs: jax.Array, deterministic: bool = False
+) -> jax.Array:
+    output = model.apply({"params": params}, *inputs, deterministic=deterministic, method=method, rngs={"dropout": rng})
+    return jnp.asarray(output)
