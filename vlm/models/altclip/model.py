@@ -172,6 +172,8 @@ class AltCLIP(nn.Module):
             flags |= {name: value for name, value in given.items() if value is not None}
             text = self._text_head(self.text(tokens, mask, deterministic=deterministic, **flags))
             text_embeds = self._embed("text", text)
+            if self.is_initializing():
+                self._init_other_heads()
         logits = loss = None
         if image_embeds is not None and text_embeds is not None:
             scale = jnp.exp(self.logit_scale)
@@ -236,6 +238,15 @@ class AltCLIP(nn.Module):
         hidden = self.text_norm(hidden) if self.config.text_norm else hidden
         hidden = self.text_transformation(hidden) if self.config.text_transformation else hidden
         return dataclasses.replace(encoded, last_hidden_state=hidden, pooler_output=hidden[:, 0])
+
+    def _init_other_heads(self) -> None:
+        """Creates the parameters of heads that the joint forward pass does not use."""
+        if self.config.text is not None:
+            hidden = jnp.zeros((1, 1, self.config.text.hidden_size))
+            if self.config.text_transformation_pre:
+                self.text_transformation_pre(hidden)
+            if self.config.lm_head:
+                self.lm_head(hidden, self.text.token_embedding.embedding)
 
     def _embed(self, tower: str, output: EncoderOutput) -> Float[Array, "b p"] | None:
         if self.config.projection_dim is None:
