@@ -1,0 +1,289 @@
+"""Objectives as pure functions of arrays: contrastive, regression onto a teacher, cross-entropy.
+
+All reductions are in float32 whatever the inputs' dtype. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
+from jaxtyping import Array, Float, Int
+
+RING_FROM = 65_536
+"""Global batch size from which `contrastive(form="auto")` streams blocks instead of keeping rows."""
+
+BLOCK_ROWS = 4096
+"""Most rows of a block of logits that the ring form holds at once."""
+
+MAX_LOGIT_SCALE = math.log(100.0)
+"""CLIP's bound on the log temperature (Radford et al. 2021, section 2.5)."""
+
+Scalar = Float[Array, ""]
+Axes = tuple[str, ...]
+
+
+def contrastive(
+    image_embeds: Float[Array, "b d"],
+    text_embeds: Float[Array, "b d"],
+    scale: Scalar | float,
+    *,
+    form: Literal["auto", "rows", "ring"] = "auto",
+) -> Scalar:
+    """Symmetric InfoNCE over the global batch (Radford et al. 2021, figure 3).
+
+    With s = scale · image_embeds · text_embedsᵀ: the mean over i of
+    (logsumexp_j s_ij + logsumexp_j s_ji) / 2 − s_ii.
+
+    Under a mesh (`jax.set_mesh`) the batch is spread over every mesh axis that divides it, and no device ever holds
+    the B × B logits. Value and gradients are those of one device with the whole batch:
+
+      "rows"  a device keeps the logits of its own images against all texts, B²/n numbers; recomputed for the gradient.
+      "ring"  texts travel around the devices; a device keeps a block of at most `BLOCK_ROWS` × B/n logits at a time.
+      "auto"  rows below a batch of `RING_FROM`, ring from there on.
+
+    Args:
+      image_embeds, text_embeds: unit vectors; row i of one belongs to row i of the other.
+      scale: inverse temperature, exp(logit_scale).
+      form: how the same number is computed.
+
+    Raises:
+      ValueError: called where the mesh axes are already mapped by hand (inside `jax.shard_map`).
+    """
+    batch = image_embeds.shape[0]
+    if form == "auto":
+        form = "ring" if batch >= RING_FROM else "rows"
+    return _contrastive(image_embeds, text_embeds, jnp.asarray(scale, jnp.float32), form, _batch_axes(batch))
+
+
+def mean_squared_error(prediction: Float[Array, "*b d"], target: Float[Array, "*b d"]) -> Scalar:
+    """Mean over batch and dimensions of (prediction − target)², as teacher learning uses it."""
+    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)))
+
+
+def cross_entropy(logits: Float[Array, "*b v"], labels: Int[Array, "*b"], *, ignore: int = -100) -> Scalar:
+    """Mean negative log-likelihood of the labels that are not `ignore`; 0 where all are."""
+    total, count = _cross_entropy_sum(logits, labels, ignore)
+    return total / jnp.maximum(count, 1)
+
+
+def chunked_cross_entropy(
+    hidden: Float[Array, "b e"],
+    head: Callable[[Float[Array, "c e"]], Float[Array, "c v"]],
+    labels: Int[Array, " b"],
+    *,
+    chunk: int = 4096,
+    ignore: int = -100,
+) -> Scalar:
+    """`cross_entropy(head(hidden), labels)` where only `chunk` rows of logits exist at a time, also in its gradient.
+
+    Args:
+      hidden: one row per token; head: rows of hidden states to rows of logits; chunk: rows per piece.
+    """
+    length = hidden.shape[0]
+    chunk = min(chunk, length)
+    padding = -length % chunk
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
+    labels = jnp.pad(labels, (0, padding), constant_values=ignore).reshape(-1, chunk)
+
+    @jax.checkpoint
+    def piece(rows: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _cross_entropy_sum(head(rows), targets, ignore)
+
+    def step(carry: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        total, count = piece(*rows)
+        return (carry[0] + total, carry[1] + count), None
+
+    (total, count), _ = jax.lax.scan(step, (jnp.zeros(()), jnp.zeros((), jnp.int32)), (hidden, labels))
+    return total / jnp.maximum(count, 1)
+
+
+def clamp_logit_scale(logit_scale: Scalar, maximum: float = MAX_LOGIT_SCALE) -> Scalar:
+    """The log temperature kept in [0, maximum], to be applied to the parameter after an update (CLIP, OpenCLIP)."""
+    return jnp.clip(logit_scale, 0.0, maximum)
+
+
+def _cross_entropy_sum(logits: jax.Array, labels: jax.Array, ignore: int) -> tuple[jax.Array, jax.Array]:
+    keep = labels != ignore
+    logits = logits.astype(jnp.float32)
+    # Selecting by comparison instead of indexing: with the vocabulary sharded no device gathers the logits.
+    chosen = jnp.arange(logits.shape[-1], dtype=labels.dtype) == jnp.expand_dims(jnp.where(keep, labels, 0), -1)
+    likelihood = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    loss = jax.nn.logsumexp(logits, axis=-1) - likelihood
+    return jnp.sum(jnp.where(keep, loss, 0.0)), jnp.sum(keep)
+
+
+# ----------------------------------------------------------------------------------- contrastive: where the rows are
+
+
+def _batch_axes(batch: int) -> Axes:
+    """The mesh axes that the batch is spread over; none without a mesh.
+
+    Embeddings are the same along axes that split weights only (tensor), so those devices can take a share as well.
+    """
+    mesh = get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    if any(kind == AxisType.Manual for kind in mesh.axis_types):
+        raise ValueError("contrastive: expected to be called outside jax.shard_map, found mesh axes mapped by hand")
+    axes = tuple(mesh.axis_names)
+    while axes and batch % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes if math.prod(mesh.shape[axis] for axis in axes) > 1 else ()
+
+
+# -------------------------------------------------------------------------------- contrastive: value and gradient
+# s = scale · image · textᵀ is computed twice, block by block: once for the normalisers of both softmaxes, which are all
+# that the backward pass keeps, and once for the gradient. With w_ij = (softmax of row i + softmax of column j) / 2,
+#   B · d loss / d image_i = scale · (Σ_j w_ij text_j − text_i), likewise for texts, and
+#   B · d loss / d scale   = Σ_i image_i · (Σ_j w_ij text_j − text_i).
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _contrastive(image: jax.Array, text: jax.Array, scale: jax.Array, form: str, axes: Axes) -> jax.Array:
+    return _forward(image, text, scale, form, axes)[0]
+
+
+def _forward(image: jax.Array, text: jax.Array, scale: jax.Array, form: str, axes: Axes) -> tuple[jax.Array, Any]:
+    split, whole = PartitionSpec(axes), PartitionSpec()
+    normalisers, _ = _FORMS[form]
+    local = _spread(normalisers, axes, (split, split, whole), (split, split))
+    per_image, per_text = local(image, text, scale)
+    positives = scale * jnp.sum(image.astype(jnp.float32) * text.astype(jnp.float32), axis=-1)
+    return jnp.mean((per_image + per_text) / 2 - positives), (image, text, scale, per_image, per_text)
+
+
+def _backward(form: str, axes: Axes, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    split, whole = PartitionSpec(axes), PartitionSpec()
+    _, gradients = _FORMS[form]
+    image, text, scale, per_image, per_text = saved
+    local = _spread(gradients, axes, (split, split, whole, split, split), (split, split))
+    d_image, d_text = local(image, text, scale, per_image, per_text)
+    d_image -= text.astype(jnp.float32)
+    d_text -= image.astype(jnp.float32)
+    share = cotangent / image.shape[0]
+    d_scale = share * jnp.sum(d_image * image.astype(jnp.float32))
+    return (share * scale * d_image).astype(image.dtype), (share * scale * d_text).astype(text.dtype), d_scale
+
+
+_contrastive.defvjp(_forward, _backward)
+
+
+def _spread(function: Any, axes: Axes, in_specs: Any, out_specs: Any) -> Any:
+    function = partial(function, axes=axes)
+    if not axes:
+        return function
+    # Scan carries start as constants and become device-dependent, which the replication check would refuse.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _logits(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
+    return scale * jnp.einsum("id,jd->ij", image, text, preferred_element_type=jnp.float32)
+
+
+def _weighted(
+    image: jax.Array, text: jax.Array, scale: jax.Array, per_image: jax.Array, per_text: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Σ_j w_ij text_j and Σ_i w_ij image_i of one block, in float32."""
+    logits = _logits(image, text, scale)
+    weights = (jnp.exp(logits - per_image[:, None]) + jnp.exp(logits - per_text[None, :])) / 2
+    return (
+        jnp.einsum("ij,jd->id", weights, text.astype(jnp.float32)),
+        jnp.einsum("ij,id->jd", weights, image.astype(jnp.float32)),
+    )
+
+
+def _rows_normalisers(image: jax.Array, text: jax.Array, scale: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """Log-sum-exp of this device's images over all texts, and of its texts over all images; both [b]."""
+    if not axes:
+        logits = _logits(image, text, scale)
+        return jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
+    logits = _logits(image, jax.lax.all_gather(text, axes, tiled=True), scale)
+    # One part per device of every text's sum; each device receives all parts of its own texts.
+    parts = jax.nn.logsumexp(logits, axis=0).reshape(-1, text.shape[0])
+    parts = jax.lax.all_to_all(parts, axes, split_axis=0, concat_axis=0)
+    return jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(parts, axis=0)
+
+
+def _rows_gradients(
+    image: jax.Array, text: jax.Array, scale: jax.Array, per_image: jax.Array, per_text: jax.Array, axes: Axes
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sums of `_weighted` over the global batch, for this device's images and texts."""
+    if not axes:
+        return _weighted(image, text, scale, per_image, per_text)
+    text, per_text = (jax.lax.all_gather(x, axes, tiled=True) for x in (text, per_text))
+    d_image, d_text = _weighted(image, text, scale, per_image, per_text)
+    return d_image, jax.lax.psum_scatter(d_text, axes, tiled=True)
+
+
+def _next(tree: Any, axes: Axes) -> Any:
+    """Hands every array to the next device of the ring and receives the previous one's."""
+    if not axes:
+        return tree
+    size = jax.lax.axis_size(axes)
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, [(i, (i + 1) % size) for i in range(size)]), tree)
+
+
+def _turns(step: Any, start: Any, axes: Axes) -> Any:
+    """Runs `step` once for every device's texts, which are home again after the last turn."""
+    return jax.lax.scan(step, start, length=jax.lax.axis_size(axes) if axes else 1)[0]
+
+
+def _pieces(x: jax.Array) -> jax.Array:
+    """[b, …] as [pieces, rows, …] with the most rows that divide b and are at most `BLOCK_ROWS`."""
+    rows = max(size for size in range(1, min(BLOCK_ROWS, x.shape[0]) + 1) if x.shape[0] % size == 0)
+    return x.reshape(-1, rows, *x.shape[1:])
+
+
+def _ring_normalisers(image: jax.Array, text: jax.Array, scale: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """What `_rows_normalisers` returns, from one block of logits at a time."""
+
+    def turn(carry: Any, _: None) -> tuple[Any, None]:
+        per_image, texts, per_text = carry
+
+        def block(per_text: jax.Array, piece: Any) -> tuple[jax.Array, jax.Array]:
+            rows, so_far = piece
+            logits = _logits(rows, texts, scale)
+            so_far = jnp.logaddexp(so_far, jax.nn.logsumexp(logits, axis=1))
+            return jnp.logaddexp(per_text, jax.nn.logsumexp(logits, axis=0)), so_far
+
+        per_text, per_image = jax.lax.scan(block, per_text, (images, per_image))
+        return (per_image, *_next((texts, per_text), axes)), None
+
+    images = _pieces(image)
+    nothing = jnp.full(text.shape[:1], -jnp.inf)
+    per_image, _, per_text = _turns(turn, (_pieces(nothing), text, nothing), axes)
+    return per_image.reshape(-1), per_text
+
+
+def _ring_gradients(
+    image: jax.Array, text: jax.Array, scale: jax.Array, per_image: jax.Array, per_text: jax.Array, axes: Axes
+) -> tuple[jax.Array, jax.Array]:
+    """What `_rows_gradients` returns, from one block of logits at a time; the texts' sums travel with them."""
+
+    def turn(carry: Any, _: None) -> tuple[Any, None]:
+        d_images, texts, per_text, d_texts = carry
+
+        def block(d_texts: jax.Array, piece: Any) -> tuple[jax.Array, jax.Array]:
+            rows, per_image, d_rows = piece
+            more_rows, more_texts = _weighted(rows, texts, scale, per_image, per_text)
+            return d_texts + more_texts, d_rows + more_rows
+
+        d_texts, d_images = jax.lax.scan(block, d_texts, (images, normalisers, d_images))
+        return (d_images, *_next((texts, per_text, d_texts), axes)), None
+
+    images, normalisers = _pieces(image), _pieces(per_image)
+    zeros = jnp.zeros(text.shape, jnp.float32)
+    d_images, _, _, d_text = _turns(turn, (_pieces(zeros), text, per_text, zeros), axes)
+    return d_images.reshape(image.shape), d_text
+
+
+_FORMS: dict[str, tuple[Any, Any]] = {
+    "rows": (_rows_normalisers, _rows_gradients),
+    "ring": (_ring_normalisers, _ring_gradients),
+}
