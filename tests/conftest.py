@@ -20,3 +20,21 @@ def shared_data() -> pathlib.Path:
     if not (path / "MANIFEST.csv").exists():
         pytest.skip(f"sample files not found at {path} (set VLM_TEST_DATA)")
     return path
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """Gives every parameter of a PyTorch model a random value, norms, biases and gates included: zeros hide bugs."""
+
+    def apply(model, seed: int = 0, scale: float = 0.1):
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator) * scale
+                is_norm = parameter.ndim == 1 and name.endswith("weight")
+                parameter.copy_(noise + 1 if is_norm else noise + 2.6592 if name == "logit_scale" else noise)
+        return model.eval()
+
+    return apply
