@@ -1,0 +1,244 @@
+"""The train step on a toy model: against plain optax, on meshes, with accumulation, EMA, and non-finite numbers."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+
+from vlm import sharding
+from vlm.errors import UserError
+from vlm.layers.linear import Linear, constrain
+from vlm.optimizer import make_optimizer
+from vlm.schema import GroupConfig, MeshConfig, OptimizerConfig, ScheduleConfig, ShardingConfig
+from vlm.training import StateInit, init_state, make_train_step, trace_step
+from vlm.tree import flatten
+
+BATCH, WIDTH = 16, 8
+CONSTANT = ScheduleConfig("constant")
+
+
+class Toy(nn.Module):
+    """Two towers of two layers; `odd` cannot be split over two devices."""
+
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, y, deterministic=True):
+        x = Linear(16, ("embed", "mlp"), name="up")(constrain(x, "batch", None))
+        x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(jnp.tanh(x))
+        x = Linear(WIDTH, ("mlp", "embed"), use_bias=False, name="down")(constrain(x, "batch", "mlp"))
+        y = Linear(7, ("embed", "mlp"), use_bias=False, name="odd")(y)
+        return x, Linear(WIDTH, ("mlp", "embed"), use_bias=False, name="last")(y)
+
+
+def losses(model, kind):
+    def loss(params, extra, batch, rng):
+        x, y = model.apply(
+            {"params": params}, batch["x"], batch["y"], deterministic=not model.dropout_rate, rngs={"dropout": rng}
+        )
+        if kind == "contrastive":
+            logits = x @ y.T
+            value = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(x.shape[0])).mean()
+        else:
+            value = jnp.mean((x - y) ** 2)
+        extra = {"seen": extra["seen"] + x.shape[0]}
+        return value, ({"mean": x.mean()}, extra)
+
+    return loss
+
+
+def batch_of(step, bad=None):
+    rng = np.random.default_rng(step)
+    batch = {name: rng.normal(size=(BATCH, WIDTH)).astype(np.float32) for name in ("x", "y")}
+    if bad is not None:
+        batch["x"][3, 2] = bad
+    return batch
+
+
+class Run:
+    """A compiled step on a mesh."""
+
+    def __init__(self, config, mesh=None, kind="mse", dropout_rate=0.0, accumulation=1, start=None, frozen="float32"):
+        mesh = mesh or MeshConfig(1, 1, 1)
+        devices = jax.devices()[: abs(mesh.data * mesh.fsdp * mesh.tensor)]
+        self.mesh, self.rules = sharding.make_mesh(mesh, devices), ShardingConfig().rules
+        model, zeros = Toy(dropout_rate), jnp.zeros((1, WIDTH))
+        init_params = lambda key: model.init(key, zeros, zeros)["params"]  # noqa: E731
+        paths = flatten(jax.eval_shape(lambda: sharding.unbox(init_params(jax.random.key(0)))))
+        self.optimizer = make_optimizer(config, paths, 10)
+        init = StateInit(init_params, lambda key: {"seen": jnp.zeros((), jnp.int32)}, self.optimizer, frozen)
+        sizes = dict(self.mesh.shape)
+        self.split = NamedSharding(self.mesh, sharding.batch_spec(ShardingConfig(), BATCH, sizes))
+        step = make_train_step(losses(model, kind), self.optimizer, seed=5, accumulation_steps=accumulation)
+        with sharding.use(self.mesh, self.rules):
+            self.placements = sharding.place(init.abstract(), self.rules, sizes)
+            self.state = init_state(init, self.placements, self.mesh, 0, start)
+            self.traced = trace_step(step, self.state, self.put(batch_of(0)), self.split)
+            self.compiled = self.traced.lower().compile()
+
+    def put(self, batch):
+        return sharding.put_batch(batch, self.split, BATCH)
+
+    def step(self, batch):
+        self.state, metrics = self.compiled(self.state, self.put(batch))
+        return {name: float(value) for name, value in metrics.items()}
+
+
+ADAM = OptimizerConfig(lr=1e-2, schedule=CONSTANT, weight_decay=0.1, grad_clip_norm=1.0, ema_decay=0.5)
+
+
+def test_a_step_is_plain_optax():
+    run = Run(ADAM)
+    params = jax.tree.map(jnp.array, run.state.params)
+    mask = jax.tree.map(lambda x: x.ndim > 1, params)
+    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1, mask=mask))
+    state, ema = plain.init(params), params
+    loss = losses(Toy(), "mse")
+    for step in range(3):
+        metrics = run.step(batch_of(step))
+        batch = {name: jnp.asarray(value) for name, value in batch_of(step).items()}
+        objective = lambda p, batch=batch: loss(p, {"seen": 0}, batch, jax.random.key(0))[0]  # noqa: E731
+        value, grads = jax.value_and_grad(objective)(params)
+        updates, state = plain.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda e, p: 0.5 * e + 0.5 * p, ema, params)
+        np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+        for name, tree in (("grad_norm", grads), ("param_norm", params), ("update_norm", updates)):
+            np.testing.assert_allclose(metrics[name], optax.tree.norm(tree), rtol=1e-5, err_msg=name)
+    for ours, theirs in ((run.state.params, params), (run.state.ema, ema)):
+        for path, value in flatten(ours).items():
+            np.testing.assert_allclose(value, flatten(theirs)[path], rtol=1e-4, atol=1e-7, err_msg=path)
+    assert int(run.state.step) == 3 and int(run.state.extra["seen"]) == 3 * BATCH
+    assert metrics["learning_rate"] == pytest.approx(1e-2) and "mean" in metrics
+
+
+SETTINGS = {"kind": "contrastive", "dropout_rate": 0.2, "accumulation": 2}
+
+
+@functools.cache
+def single():
+    """Losses on one device."""
+    run = Run(ADAM, **SETTINGS)
+    return [run.step(batch_of(step))["loss"] for step in range(4)]
+
+
+MESHES = [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2), MeshConfig(1, 2, 4)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_eight_devices_equal_one(mesh):
+    """Global contrastive loss, dropout, clipping, accumulation and EMA: the mesh changes the layout, not the run."""
+    eight = Run(ADAM, mesh, **SETTINGS)
+    kernel = eight.state.params["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // (mesh.fsdp * mesh.tensor)
+    ours = [eight.step(batch_of(step))["loss"] for step in range(4)]
+    np.testing.assert_allclose(ours, single(), rtol=1e-5)
+    layouts = jax.tree.map(lambda placed, x: x.sharding.spec == placed.spec, eight.placements, eight.state)
+    assert all(jax.tree.leaves(layouts))
+    assert bool(sharding.replicated(eight.placements)) == (mesh.tensor > 1)
+
+
+def test_accumulation_equals_the_whole_batch():
+    whole, parts = Run(ADAM), Run(ADAM, MeshConfig(2, 2, 2), accumulation=4)
+    for step in range(3):
+        ours, theirs = parts.step(batch_of(step)), whole.step(batch_of(step))
+        for name in ("loss", "grad_norm", "mean"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    for path, value in flatten(parts.state.params).items():
+        np.testing.assert_allclose(value, flatten(whole.state.params)[path], rtol=1e-4, atol=1e-6)
+    assert int(parts.state.extra["seen"]) == 3 * BATCH
+
+
+def test_randomness_is_a_function_of_seed_and_step():
+    run = Run(ADAM, dropout_rate=0.5)
+    start = jax.device_get(run.state)
+
+    def losses_from(step):
+        run.state = jax.device_put(start.replace(step=np.int32(step)), jax.tree.map(lambda x: x.sharding, run.state))
+        return [run.step(batch_of(0))["loss"] for _ in range(2)], jax.device_get(run.state)
+
+    (a, state_a), (b, state_b), (c, _) = losses_from(0), losses_from(0), losses_from(5)
+    assert a == b and a[0] != c[0]
+    jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
+
+
+@pytest.mark.parametrize(("bad", "accumulation"), [(np.nan, 1), (np.inf, 2)])
+def test_a_bad_step_changes_nothing_but_its_counters(bad, accumulation):
+    run = Run(ADAM, MeshConfig(2, 2, 2), accumulation=accumulation)
+    run.step(batch_of(0))
+    before = jax.device_get(run.state)
+    for count in (1, 2, 3):
+        metrics = run.step(batch_of(count, bad))
+        assert metrics["bad_steps_in_a_row"] == count and not np.isfinite(metrics["grad_norm"])
+        after = jax.device_get(run.state)
+        for part in ("params", "opt_state", "ema", "extra"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
+        assert int(after.step) == 1 + count
+    metrics = run.step(batch_of(9))
+    assert metrics["bad_steps"] == 3 and metrics["bad_steps_in_a_row"] == 0
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), jax.device_get(run.state.params), before.params)
+    assert all(jax.tree.leaves(changed))
+    assert int(run.state.opt_state[1].count) == 2
+
+
+def test_an_infinite_update_is_a_bad_step():
+    run = Run(OptimizerConfig(name="sgd", lr=3e38, betas=(0.0, 0.0), schedule=CONSTANT))
+    before = jax.device_get(run.state.params)
+    assert run.step({name: 100 * value for name, value in batch_of(0).items()})["bad_steps"] == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.state.params), before)
+
+
+def test_frozen_parameters_have_no_gradient_no_state_and_may_be_stored_small():
+    groups = (("(up|down)/.*", GroupConfig(freeze=True)), (".*", GroupConfig()))
+    config = OptimizerConfig(lr=1e-2, schedule=CONSTANT, groups=groups, ema_decay=0.9)
+    run = Run(config, MeshConfig(1, 2, 1), frozen="bfloat16")
+    before = jax.device_get(run.state.params)
+    run.step(batch_of(0))
+    after = jax.device_get(run.state.params)
+    assert after["up"]["kernel"].dtype == jnp.bfloat16 and after["odd"]["kernel"].dtype == np.float32
+    jax.tree.map(np.testing.assert_array_equal, after["up"], before["up"])
+    assert not np.array_equal(after["odd"]["kernel"], before["odd"]["kernel"])
+    assert set(run.state.ema) == {"odd", "last"}
+    moments = {tuple(leaf.shape) for leaf in jax.tree.leaves(run.state.opt_state)}
+    assert before["up"]["kernel"].shape not in moments
+
+
+class Lazy:
+    """A leaf that remembers which slices were read."""
+
+    def __init__(self, value):
+        self.value, self.shape, self.read = value, value.shape, []
+
+    def __getitem__(self, index):
+        part = self.value[index]
+        self.read.append(part.size)
+        return part
+
+
+def test_starting_weights_are_read_slice_by_slice():
+    kernel = Lazy(np.arange(WIDTH * 16, dtype=np.float64).reshape(WIDTH, 16))
+    random = Run(ADAM, MeshConfig(1, 2, 4))
+    run = Run(ADAM, MeshConfig(1, 2, 4), start={"params/up/kernel": kernel, "extra/seen": np.asarray(7)})
+    np.testing.assert_array_equal(run.state.params["up"]["kernel"], kernel.value)
+    np.testing.assert_array_equal(run.state.ema["up"]["kernel"], kernel.value)
+    assert run.state.params["up"]["kernel"].dtype == np.float32 and int(run.state.extra["seen"]) == 7
+    assert max(kernel.read) == kernel.value.size // 8
+    np.testing.assert_array_equal(run.state.params["down"]["kernel"], random.state.params["down"]["kernel"])
+    run.step(batch_of(0))
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"params/up/kernle": np.zeros(3)}, "the model has no 'params/up/kernle'; did you mean 'params/up/kernel'"),
+        ({"params/up/bias": np.zeros(3)}, r"params/up/bias has shape \(3,\), the model needs \(16,\)"),
+    ],
+)
+def test_wrong_starting_weights(start, message):
+    with pytest.raises(UserError, match=message):
+        Run(ADAM, start=start)

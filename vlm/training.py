@@ -1,0 +1,238 @@
+"""The train state and the train step: pure functions, compiled once, the same on one CPU and on a pod.
+
+`init_state` creates the state shard by shard on the mesh; `make_train_step` gives (state, batch) -> (state, metrics);
+`trace_step` fixes its layout, and the compiled step reuses the memory of the state it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlm.errors import UserError, did_you_mean
+from vlm.layers.linear import constrain
+from vlm.optimizer import Optimizer, merge, update_ema
+from vlm.sharding import Placement, unbox, without_constraints
+from vlm.tree import flatten, unflatten
+
+Params = dict[str, Any]
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# (params, extra, batch, rng) -> (loss, (terms, extra)): a family's loss with its model and settings filled in.
+LossFn = Callable[[Params, Any, Batch, jax.Array], tuple[jax.Array, tuple[Metrics, Any]]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run needs to go on; one pytree, all of it checkpointed.
+
+    Attributes:
+      step: int32[], finished steps, skipped ones included; also the position in the data.
+      params: float32; frozen ones may be bfloat16.
+      opt_state: of the trainable parameters only.
+      ema: averages of the trainable parameters; {} without EMA.
+      extra: the family's other state (teacher, queue); {} where there is none.
+      bad_steps: int32[] `total` and `consecutive` steps that were skipped because something was not finite.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params
+    extra: Any
+    bad_steps: dict[str, jax.Array]
+
+
+# ---------------------------------------------------------------------------------------------------------- state
+
+
+@dataclasses.dataclass(frozen=True)
+class StateInit:
+    """How a state starts, as traceable functions of a key. Parameters come boxed with their logical axes."""
+
+    init_params: Callable[[jax.Array], Params]
+    init_extra: Callable[[jax.Array], Any]
+    optimizer: Optimizer
+    frozen_dtype: str = "float32"
+
+    def begin(self, seed: int) -> dict[str, Any]:
+        """Random parameters and extra state."""
+        with without_constraints():  # out_shardings place the result; a constraint could only disagree
+            key = jax.random.key(seed)
+            params = self.init_params(jax.random.fold_in(key, 0))
+            extra = self.init_extra(jax.random.fold_in(key, 1))
+        dtype = jnp.dtype(self.frozen_dtype)
+        trainable, frozen = self.optimizer.split(params)
+        frozen = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, frozen)
+        return {"params": merge(trainable, frozen), "extra": extra}
+
+    def finish(self, begun: Mapping[str, Any]) -> TrainState:
+        """The state at step 0 around given parameters."""
+        trainable, _ = self.optimizer.split(begun["params"])
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=begun["params"],
+            opt_state=self.optimizer.transform.init(trainable),
+            ema=jax.tree.map(jnp.copy, trainable) if self.optimizer.ema_decay is not None else {},
+            extra=begun["extra"],
+            bad_steps={"total": jnp.zeros((), jnp.int32), "consecutive": jnp.zeros((), jnp.int32)},
+        )
+
+    def abstract(self) -> TrainState:
+        """Shapes, dtypes and logical axes of the whole state; nothing is allocated."""
+        return jax.eval_shape(lambda: self.finish(self.begin(0)))
+
+
+def init_state(
+    init: StateInit, placements: Any, mesh: jax.sharding.Mesh, seed: int, start: Mapping[str, Any] | None = None
+) -> TrainState:
+    """Creates the state on the mesh; no device ever holds more than its own shards.
+
+    Args:
+      placements: `sharding.place(init.abstract(), …)`.
+      start: starting values by path ("params/vision/…", "extra/teacher/…"), each with `shape` and slices
+        (`leaf[index] -> np.ndarray`: a NumPy array, a memory map, a lazily converted tensor). Every device reads only
+        its slices. Paths that are missing here start random; random values that are replaced are never computed.
+
+    Raises:
+      UserError: a starting value with an unknown path or another shape.
+    """
+    shardings = jax.tree.map(lambda placement: NamedSharding(mesh, placement.spec), placements)
+    targets = flatten({"params": placements.params, "extra": placements.extra})
+    given = {path: _put(path, leaf, targets, mesh) for path, leaf in (start or {}).items()}
+    missing = {path: NamedSharding(mesh, target.spec) for path, target in targets.items() if path not in given}
+
+    def random() -> dict[str, jax.Array]:
+        flat = flatten(unbox(init.begin(seed)))
+        return {path: flat[path] for path in missing}
+
+    begun = {"params": {}, "extra": {}} | unflatten(given | jax.jit(random, out_shardings=missing)())
+    return jax.jit(init.finish, out_shardings=shardings, donate_argnums=0)(begun)
+
+
+def _put(path: str, leaf: Any, targets: Mapping[str, Placement], mesh: jax.sharding.Mesh) -> jax.Array:
+    if path not in targets:
+        raise UserError(f"starting weights: the model has no {path!r}{did_you_mean(path, targets)}")
+    target = targets[path]
+    if tuple(leaf.shape) != target.shape:
+        raise UserError(f"starting weights: {path} has shape {tuple(leaf.shape)}, the model needs {target.shape}")
+    sharding = NamedSharding(mesh, target.spec)
+    return jax.make_array_from_callback(
+        target.shape, sharding, lambda index: np.asarray(leaf[index]).astype(target.dtype)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- step
+
+
+def make_train_step(
+    loss: LossFn, optimizer: Optimizer, seed: int, accumulation_steps: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds one training step, a pure function.
+
+    Randomness is a function of (seed, step, micro-batch). If the loss, the gradient or the update is not finite, the
+    step changes nothing but `step` and `bad_steps`: parameters, optimizer state, EMA and extra stay bit for bit.
+
+    With `accumulation_steps` > 1 the batch is cut into that many micro-batches (rows i, i + A, i + 2A, …, so that no
+    row leaves its device) whose gradients are averaged in float32. Each micro-batch is a batch of its own to the loss:
+    equal to the whole batch for losses that are means over examples, but a contrastive loss then sees only its
+    micro-batch's candidates.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable, frozen = optimizer.split(state.params)
+        frozen = jax.lax.stop_gradient(frozen)
+
+        def objective(trainable: Params, extra: Any, batch: Batch, rng: jax.Array) -> Any:
+            return loss(merge(trainable, frozen), extra, batch, rng)
+
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (value, (terms, extra)), grads = _accumulate(gradient, accumulation_steps)(trainable, state.extra, batch, rng)
+
+        grad_norm = optax.tree.norm(grads)
+        directions, opt_state = optimizer.transform.update(grads, state.opt_state, trainable)
+        learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
+        updates = jax.tree.map(lambda d, size: -size * d, directions, optimizer.step_sizes(learning_rate))
+        update_norm = optax.tree.norm(updates)
+        new = optax.apply_updates(trainable, updates)
+        ema = update_ema(state.ema, new, optimizer.ema_decay) if optimizer.ema_decay is not None else state.ema
+
+        good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        new, opt_state, ema, extra = jax.tree.map(
+            lambda after, before: jnp.where(good, after, before),
+            (new, opt_state, ema, extra),
+            (trainable, state.opt_state, state.ema, state.extra),
+        )
+        bad = 1 - good.astype(jnp.int32)
+        bad_steps = {
+            "total": state.bad_steps["total"] + bad,
+            "consecutive": (state.bad_steps["consecutive"] + 1) * bad,
+        }
+        metrics = terms | {
+            "loss": value,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(new),
+            "update_norm": update_norm,
+            "bad_steps": bad_steps["total"],
+            "bad_steps_in_a_row": bad_steps["consecutive"],
+        }
+        params = merge(new, frozen)
+        return TrainState(state.step + 1, params, opt_state, ema, extra, bad_steps), metrics
+
+    return step
+
+
+def _accumulate(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """`gradient` over `count` micro-batches: mean loss, terms and gradients, extra threaded through in order."""
+    if count == 1:
+        return gradient
+
+    def micro_batches(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    def run(trainable: Params, extra: Any, batch: Batch, rng: jax.Array) -> Any:
+        def body(carry: Any, item: Any) -> Any:
+            (total, extra), (index, batch) = carry, item
+            (value, (terms, extra)), grads = gradient(trainable, extra, batch, jax.random.fold_in(rng, index))
+            total = jax.tree.map(lambda a, g: a + g.astype(jnp.float32) / count, total, grads)
+            return (total, extra), (value, terms)
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
+        items = (jnp.arange(count), jax.tree.map(micro_batches, dict(batch)))
+        (grads, extra), (values, terms) = jax.lax.scan(body, (zeros, extra), items)
+        mean = lambda x: jnp.mean(x, axis=0)  # noqa: E731
+        return (mean(values), (jax.tree.map(mean, terms), extra)), grads
+
+    return run
+
+
+def trace_step(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    state: TrainState,
+    batch: Mapping[str, Any],
+    batch_sharding: NamedSharding,
+) -> Any:
+    """Traces a step for this state and batch (arrays or abstract); `.jaxpr` is the program, `.lower().compile()` runs.
+
+    The state's layout is kept and its buffers are donated; metrics are replicated.
+    """
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    whole = NamedSharding(batch_sharding.mesh, PartitionSpec())
+    jitted = jax.jit(
+        step,
+        in_shardings=(state_shardings, {name: batch_sharding for name in batch}),
+        out_shardings=(state_shardings, whole),
+        donate_argnums=0,
+    )
+    return jitted.trace(state, batch)
