@@ -73,9 +73,7 @@ def verify_manifest(directory: str | Path, level: Literal["full", "fast"] = "ful
             raise UserError(f"{directory / name}: missing, although {MANIFEST_NAME} lists it")
         size = found[name].stat().st_size
         if size != expected["size"]:
-            raise UserError(
-                f"{directory / name}: {size} bytes, expected {expected['size']}: truncated or changed"
-            )
+            raise UserError(f"{directory / name}: {size} bytes, expected {expected['size']}: truncated or changed")
     if level == "full":
         for name, expected in manifest["files"].items():
             verify_digest(found[name], expected["sha256"])

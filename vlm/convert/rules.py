@@ -77,14 +77,15 @@ def prefixed(rules: Iterable[Rule], foreign: str, ours: str) -> list[Rule]:
 
 
 def import_tensors(
-    tensors: Mapping[str, TensorView], rules: Sequence[Rule], target: Mapping[str, Any], *, source: str
+    tensors: Mapping[str, TensorView], rules: Sequence[Rule], target: Mapping[str, Any] | None, *, source: str
 ) -> dict[str, TensorView]:
     """Maps foreign tensors to parameters, lazily: {path: view} with exactly the paths of `target`.
 
     Args:
         tensors: the foreign tensors by name.
         rules: the table; for every name the first rule that matches counts.
-        target: anything with a `shape` by parameter path: what the architecture needs.
+        target: anything with a `shape` by parameter path: what the architecture needs. None while the architecture is
+            not known yet: whatever the tensors fill is returned, and duplicates are not compared.
         source: names the checkpoint and its layout in the error.
 
     Raises:
@@ -106,15 +107,16 @@ def import_tensors(
                 doubles.append((path, view, rule.foreign))
             else:
                 problems.append(f"{path} is filled by {origin[path]} and by {rule.foreign}")
-    _check_target(filled, target, rules, origin, problems)
-    if not problems:
+    if target is not None:
+        _check_target(filled, target, rules, origin, problems)
+    if target is not None and not problems:
         problems += [
             f"{name} differs from {origin[path]}" for path, view, name in doubles if not _equal(view, filled[path])
         ]
     if problems:
         more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise UserError(f"{source}: {len(problems)} problems: {'; '.join(problems[:MAX_LISTED])}{more}")
-    return {path: filled[path] for path in target}
+    return filled if target is None else {path: filled[path] for path in target}
 
 
 def export_tensors(

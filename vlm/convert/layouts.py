@@ -1,0 +1,45 @@
+"""Layouts: which foreign checkpoints a family reads, told apart by the names of their tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+from vlm.convert.rules import Rule
+from vlm.errors import UserError
+from vlm.tree import listing
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One foreign layout.
+
+    Attributes:
+        name: what to call it in messages.
+        marks: regular expressions; a checkpoint has this layout when each matches the start of some tensor's name.
+        rules: the table.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    rules: tuple[Rule, ...]
+
+    def fits(self, names: Iterable[str]) -> bool:
+        """Whether tensors of these names have this layout."""
+        names = list(names)
+        return all(any(re.match(mark, name) for name in names) for mark in self.marks)
+
+
+def detect(layouts: Sequence[Layout], names: Iterable[str], source: str) -> Layout:
+    """Returns the first layout that fits.
+
+    Raises:
+        UserError: none does; the message shows some of the names and what was looked for.
+    """
+    names = sorted(names)
+    for layout in layouts:
+        if layout.fits(names):
+            return layout
+    known = listing([layout.name for layout in layouts])
+    raise UserError(f"{source}: unknown layout with tensors {listing(names, 4)}; known layouts: {known}")
