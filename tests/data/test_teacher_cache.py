@@ -1,0 +1,146 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from vlm.data.ledger import FatalDataError
+from vlm.data.teacher_cache import TeacherCache, WithTarget, decode, encode, sentence_key, write_cache
+from vlm.errors import UserError
+
+SENTENCES = [f"sentence {i}" for i in range(100)]
+VALUES = np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32)
+
+
+def batches(size=7):
+    for i in range(0, 100, size):
+        yield SENTENCES[i : i + size], VALUES[i : i + size]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    assert write_cache(tmp_path / "c", batches(), teacher="clip", rows_per_shard=30) == 100
+    return tmp_path / "c"
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 0), ("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_rows_come_back_by_sentence(tmp_path, dtype, tolerance):
+    write_cache(tmp_path / "c", batches(), teacher="clip", dtype=dtype, rows_per_shard=30)
+    cache = pickle.loads(pickle.dumps(TeacherCache(tmp_path / "c", teacher="clip", verify=True)))
+    assert len(cache) == 100 and cache.dim == 6 and len(list((tmp_path / "c").glob("embeddings-*.npy"))) == 4
+    order = np.random.default_rng(1).permutation(100)
+    found = cache.lookup([SENTENCES[i] for i in order])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, VALUES[order], rtol=tolerance, atol=1e-7 if tolerance else 0)
+
+
+def test_white_space_and_unicode_form_do_not_matter_case_does(tmp_path):
+    write_cache(tmp_path / "c", [(["caf\u00e9  au lait "], VALUES[:1])], teacher="t", dtype="float32")
+    cache = TeacherCache(tmp_path / "c")
+    np.testing.assert_array_equal(cache["cafe\u0301 au\nlait"], VALUES[0])
+    assert sentence_key("A") != sentence_key("a")
+
+
+def test_repeated_sentences_are_stored_once(tmp_path):
+    assert write_cache(tmp_path / "c", [(["a", "b", "a "], VALUES[:3])], teacher="t", dtype="float32") == 2
+    np.testing.assert_array_equal(TeacherCache(tmp_path / "c")["a"], VALUES[0])
+
+
+def test_a_missing_sentence_is_named(cache):
+    with pytest.raises(FatalDataError, match="has no embedding of 'sentence 100'"):
+        TeacherCache(cache).lookup(["sentence 1", "sentence 100"])
+
+
+def test_hashes_that_share_their_first_half(cache, monkeypatch):
+    opened = TeacherCache(cache)
+    opened._keys = np.array([[5, 1], [5, 2], [5, 9]], np.uint64)
+    opened._rows = np.array([10, 11, 12])
+    for low, row in ((1, 10), (2, 11), (9, 12)):
+        key = (5).to_bytes(8, "big") + low.to_bytes(8, "big")
+        monkeypatch.setattr("vlm.data.teacher_cache.sentence_key", lambda s, key=key: key)
+        np.testing.assert_allclose(opened["x"], VALUES[row], rtol=1e-3)
+    monkeypatch.setattr("vlm.data.teacher_cache.sentence_key", lambda s: (5).to_bytes(8, "big") + bytes(8))
+    with pytest.raises(UserError):
+        opened["x"]
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    values = np.array([1.0, 1.00390625, 1.01171875, -2.5, 3.4e38, np.nan, np.inf], np.float32)
+    expected = np.array([1.0, 1.0, 1.015625, -2.5, np.inf, np.nan, np.inf], np.float32)
+    np.testing.assert_array_equal(decode(encode(values, "bfloat16"), "bfloat16"), expected)
+    import ml_dtypes
+
+    numbers = np.random.default_rng(0).normal(size=10_000).astype(np.float32) * 1e3
+    np.testing.assert_array_equal(
+        decode(encode(numbers, "bfloat16"), "bfloat16"), numbers.astype(ml_dtypes.bfloat16).astype(np.float32)
+    )
+
+
+def broken(cache, name, change):
+    path = cache / name
+    if change == "remove":
+        path.unlink()
+    elif change == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        data = bytearray(path.read_bytes())
+        data[change] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["embeddings-00002.npy", "keys.npy", "rows.npy"])
+def test_damage_is_found(cache, name):
+    for change, message in (
+        (-1, "does not match its SHA-256"),
+        ("cut", "truncated shard: expected"),
+        ("remove", "missing"),
+    ):
+        broken(cache, name, change)
+        with pytest.raises(UserError, match=f"{message}.*{name}|{name}.*{message}"):
+            TeacherCache(cache, verify=change == -1)
+
+
+def test_manifest_decides(cache):
+    with pytest.raises(UserError, match="made by teacher clip, expected other"):
+        TeacherCache(cache, teacher="other")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    for key, value in (("dim", 5), ("count", 99), ("format_version", 2), ("dtype", "float8"), ("shards", [])):
+        (cache / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+        with pytest.raises(UserError, match="expected float16\\[30, 5\\]|not a teacher cache"):
+            TeacherCache(cache)
+    for text in ("{", "[]", '{"dim": 1}'):
+        (cache / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match="not a teacher cache"):
+            TeacherCache(cache)
+    with pytest.raises(UserError, match="not a teacher cache"):
+        TeacherCache(cache / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "content, dtype, message",
+    [
+        ([(["a"], VALUES[:2])], "float16", "1 sentences but embeddings \\[2, 6\\]"),
+        ([(["a"], VALUES[:1]), (["b"], VALUES[:1, :3])], "float16", "embeddings of 3 numbers after 6"),
+        ([(["a", "b"], np.array([[1.0], [np.nan]]))], "float16", "embedding of 'b' is not finite"),
+        ([(["a"], np.array([[1e6]]))], "float16", "embedding of 'a' is not finite in float16"),
+        ([(["a"], VALUES[:1])], "fp16", "dtype 'fp16'; "),
+        ([], "float16", "no sentences"),
+    ],
+)
+def test_wrong_input_leaves_nothing(tmp_path, content, dtype, message):
+    with pytest.raises(UserError, match=message):
+        write_cache(tmp_path / "c", content, teacher="t", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_cache_is_kept(cache):
+    with pytest.raises(UserError, match="already there"):
+        write_cache(cache, batches(), teacher="clip")
+
+
+def test_joins_to_examples_of_any_language(cache):
+    joined = WithTarget(lambda example, rng, train: {"tokens": np.zeros(3)}, TeacherCache(cache))
+    for text in ("一", "un"):
+        row = joined({"source_text": "sentence 3", "text": text}, np.random.default_rng(0), True)
+        np.testing.assert_allclose(row["target"], VALUES[3], rtol=1e-3)
+        assert row["tokens"].shape == (3,)

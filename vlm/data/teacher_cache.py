@@ -1,0 +1,279 @@
+"""Teacher embeddings computed once and kept on disk, for teacher learning (stage 1 of AltCLIP).
+
+A cache is a folder: `embeddings-00000.npy`, ... (rows of float16, bfloat16 kept as its bits, or float32), `keys.npy`
+(128-bit hashes of the sentences, sorted), `rows.npy` (row of each key) and `manifest.json`, written last. Rows are
+found by the English sentence, so that one cache serves every language of a parallel corpus.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vlm.data.ledger import FatalDataError
+from vlm.errors import UserError, did_you_mean
+
+_DTYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+_FORMAT = 1
+
+
+def normalise(sentence: str) -> str:
+    """Returns what is hashed: Unicode NFC, runs of white space as one space, none at the ends. Case counts."""
+    return " ".join(unicodedata.normalize("NFC", sentence).split())
+
+
+def sentence_key(sentence: str) -> bytes:
+    """Returns the 16-byte BLAKE2b hash of the normalised sentence."""
+    return hashlib.blake2b(normalise(sentence).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def write_cache(
+    path: str | os.PathLike,
+    batches: Iterable[tuple[Sequence[str], Float[np.ndarray, "b dim"]]],
+    *,
+    teacher: str,
+    dtype: str = "float16",
+    rows_per_shard: int = 1 << 18,
+) -> int:
+    """Writes a cache; returns how many distinct sentences it holds. A sentence met again keeps its first row.
+
+    Args:
+        path: the folder to make; it appears only when complete.
+        batches: sentences and their embeddings.
+        teacher: fingerprint of the model that made them, compared when the cache is opened.
+        dtype: float16, bfloat16 or float32.
+        rows_per_shard: rows of one file.
+
+    Raises:
+        UserError: the folder is there already, an unknown dtype, shapes that do not fit, values that are not finite
+            (in `dtype`), or no sentence at all.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        raise UserError(f"{path}: already there")
+    if dtype not in _DTYPES:
+        raise UserError(f"teacher cache dtype {dtype!r}{did_you_mean(dtype, _DTYPES)}")
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        writer = _Writer(temporary, dtype, rows_per_shard)
+        for sentences, embeddings in batches:
+            writer.add(sentences, np.asarray(embeddings))
+        count = writer.finish(teacher)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return count
+
+
+class _Writer:
+    def __init__(self, folder: pathlib.Path, dtype: str, rows_per_shard: int):
+        self._folder, self._dtype, self._limit = folder, dtype, rows_per_shard
+        self._known: dict[bytes, int] = {}
+        self._shards: list[dict[str, Any]] = []
+        self._pending: list[np.ndarray] = []
+        self._dim: int | None = None
+
+    def add(self, sentences: Sequence[str], embeddings: np.ndarray) -> None:
+        if embeddings.ndim != 2 or len(embeddings) != len(sentences):
+            raise UserError(f"teacher cache: {len(sentences)} sentences but embeddings {list(embeddings.shape)}")
+        self._dim = embeddings.shape[1] if self._dim is None else self._dim
+        if embeddings.shape[1] != self._dim:
+            raise UserError(f"teacher cache: embeddings of {embeddings.shape[1]} numbers after {self._dim}")
+        stored = encode(embeddings, self._dtype)
+        finite = np.isfinite(decode(stored, self._dtype)).all(axis=1)
+        if not finite.all():
+            sentence = sentences[int(np.flatnonzero(~finite)[0])]
+            raise UserError(f"teacher cache: embedding of {sentence!r:.200} is not finite in {self._dtype}")
+        for sentence, row in zip(sentences, stored, strict=True):
+            key = sentence_key(sentence)
+            if key not in self._known:
+                self._known[key] = len(self._known)
+                self._pending.append(row.copy())
+                if len(self._pending) == self._limit:
+                    self._flush()
+
+    def _flush(self) -> None:
+        name = f"embeddings-{len(self._shards):05d}.npy"
+        rows = np.stack(self._pending)
+        self._shards.append({"file": name, "rows": len(rows), **_save(self._folder / name, rows)})
+        self._pending = []
+
+    def finish(self, teacher: str) -> int:
+        if not self._known:
+            raise UserError("teacher cache: no sentences")
+        if self._pending:
+            self._flush()
+        keys = np.frombuffer(b"".join(self._known), ">u8").reshape(-1, 2).astype(np.uint64)
+        order = np.lexsort((keys[:, 1], keys[:, 0]))
+        files = {name: _save(self._folder / f"{name}.npy", array) for name, array in
+                 (("keys", keys[order]), ("rows", order.astype(np.int64)))}  # fmt: skip
+        manifest = {"format_version": _FORMAT, "dtype": self._dtype, "dim": self._dim, "count": len(keys)}
+        manifest |= {"teacher": teacher, "shards": self._shards, "index": files}
+        with open(self._folder / "manifest.json", "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        return len(keys)
+
+
+def _save(path: pathlib.Path, array: np.ndarray) -> dict[str, Any]:
+    with open(path, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Casts to the stored form; bfloat16 becomes its bits as uint16, rounded to nearest even."""
+    if dtype != "bfloat16":
+        with np.errstate(over="ignore"):
+            return values.astype(_DTYPES[dtype])
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)  # the carry would turn some NaNs into numbers
+
+
+def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns float32 values of the stored form."""
+    if dtype != "bfloat16":
+        return stored.astype(np.float32)
+    return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    format_version: int
+    dtype: str
+    dim: int
+    count: int
+    teacher: str
+    shards: list
+    index: dict
+
+
+class TeacherCache:
+    """Embeddings by sentence, memory-mapped; safe to read from many threads.
+
+    Args:
+        path: folder written by `write_cache`.
+        teacher: fingerprint that the cache must have, or None for any.
+        verify: also compare the SHA-256 of every file (reads all of it).
+
+    Attributes:
+        dim: numbers in one embedding.
+        teacher: fingerprint of the model that made them.
+
+    Raises:
+        UserError: no cache there, another teacher's, or a file missing, cut short or (with `verify`) changed.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, teacher: str | None = None, verify: bool = False):
+        self.path = pathlib.Path(path)
+        try:
+            with open(self.path / "manifest.json", encoding="utf-8") as file:
+                manifest = _Manifest(**json.load(file))
+            entries = [*manifest.shards, *({"file": f"{n}.npy", **manifest.index[n]} for n in ("keys", "rows"))]
+            sizes = [(str(entry["file"]), int(entry["bytes"]), str(entry["sha256"])) for entry in entries]
+            ends = np.cumsum([int(shard["rows"]) for shard in manifest.shards])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.path}: not a teacher cache ({error})") from None
+        if manifest.format_version != _FORMAT or manifest.dtype not in _DTYPES or [*ends[-1:]] != [manifest.count]:
+            raise UserError(f"{self.path}: not a teacher cache of format {_FORMAT}")
+        if teacher is not None and teacher != manifest.teacher:
+            raise UserError(f"{self.path}: made by teacher {manifest.teacher}, expected {teacher}")
+        self.dim, self.teacher, self._dtype, self._ends = manifest.dim, manifest.teacher, manifest.dtype, ends
+        for name, size, digest in sizes:
+            self._check(name, size, digest if verify else None)
+        self._load([name for name, *_ in sizes])
+
+    def _check(self, name: str, size: int, digest: str | None) -> None:
+        path = self.path / os.path.basename(name)
+        if not path.is_file():
+            raise UserError(f"missing shard: {path}")
+        if path.stat().st_size != size:
+            raise UserError(f"{path}: truncated shard: expected {size:,} bytes, found {path.stat().st_size:,}")
+        if digest is not None and _sha256(path) != digest:
+            raise UserError(f"{path}: content does not match its SHA-256 in manifest.json")
+
+    def _load(self, names: Sequence[str]) -> None:
+        self._names = list(names)
+        try:
+            arrays = [np.load(self.path / os.path.basename(n), mmap_mode="r", allow_pickle=False) for n in names]
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{self.path}: damaged shard ({error})") from None
+        *self._shards, self._keys, self._rows = arrays
+        for name, shard, rows in zip(names, self._shards, np.diff(self._ends, prepend=0), strict=False):
+            if shard.shape != (rows, self.dim) or shard.dtype != _DTYPES[self._dtype]:
+                raise UserError(
+                    f"{self.path / name}: expected {self._dtype}[{rows}, {self.dim}], "
+                    f"found {shard.dtype}{list(shard.shape)}"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_shards", "_keys", "_rows")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._load(self._names)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, sentence: str) -> Float[np.ndarray, " dim"]:
+        """Returns the embedding in float32.
+
+        Raises:
+            FatalDataError: the cache has no such sentence (a `UserError` that the loader does not skip over).
+        """
+        high, low = np.frombuffer(sentence_key(sentence), ">u8").astype(np.uint64)
+        place = int(np.searchsorted(self._keys[:, 0], high))
+        while place < len(self) and self._keys[place, 0] == high:
+            if self._keys[place, 1] == low:
+                row = int(self._rows[place])
+                shard = int(np.searchsorted(self._ends, row, side="right"))
+                first = int(self._ends[shard - 1]) if shard else 0
+                return decode(self._shards[shard][row - first], self._dtype)
+            place += 1
+        raise FatalDataError(f"teacher cache {self.path} has no embedding of {normalise(sentence)!r:.200}")
+
+    def lookup(self, sentences: Sequence[str]) -> Float[np.ndarray, "b dim"]:
+        """Returns the embeddings of several sentences; raises UserError naming the first that is missing."""
+        return np.stack([self[sentence] for sentence in sentences])
+
+
+@dataclasses.dataclass(frozen=True)
+class WithTarget:
+    """A transform that adds `target` float32[dim], the teacher's embedding of the example's English sentence.
+
+    Attributes:
+        transform: the transform to extend (see `loader.Loader`).
+        cache: where the embeddings are.
+        field: field of the raw example that holds the English sentence.
+    """
+
+    transform: Callable[..., dict[str, np.ndarray]]
+    cache: TeacherCache
+    field: str = "source_text"
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
+        """Applies the transform and joins the embedding."""
+        return {**self.transform(example, rng, train), "target": self.cache[example[self.field]]}
