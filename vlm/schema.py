@@ -179,6 +179,8 @@ class ShardingConfig:
         ("layers", None),
         ("length", None),
         ("embed_activation", None),
+        ("heads_activation", "tensor"),
+        ("mlp_activation", "tensor"),
     )
 
 

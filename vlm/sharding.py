@@ -217,6 +217,15 @@ def named(placements: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda placement: NamedSharding(mesh, placement.spec), placements)
 
 
+def abstract(placements: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and `NamedSharding`s of a tree of placements, for restoring it."""
+
+    def one(placement: Placement) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(placement.shape, placement.dtype, sharding=NamedSharding(mesh, placement.spec))
+
+    return jax.tree.map(one, placements)
+
+
 def replicated(placements: Any) -> list[Placement]:
     """The placements with a dimension that should be split and cannot be."""
     return [placement for placement in jax.tree.leaves(placements) if placement.replicated]

@@ -1,0 +1,82 @@
+"""A family small enough to start, train and stop a whole run in seconds: two linear maps, contrastive."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vlm.family import Family
+from vlm.layers.linear import Linear, constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    width: int = 8
+    dropout_rate: float = 0.1
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyLoss:
+    scale: float = 1.0
+
+
+class Toy(nn.Module):
+    config: ToyConfig
+
+    @nn.compact
+    def __call__(self, image, tokens, mask, deterministic=True):
+        width, dtype = self.config.width, jnp.dtype(self.config.dtype)
+        x = constrain(image.mean((1, 2)), "batch", None).astype(dtype)
+        x = Linear(width, ("embed", "mlp"), dtype=dtype, name="image")(x)
+        x = nn.Dropout(self.config.dropout_rate, deterministic=deterministic)(x)
+        text = (tokens * mask).astype(dtype)
+        return x, Linear(width, ("embed", "mlp"), dtype=dtype, name="text")(text)
+
+
+def loss(model, params, extra, batch, rng, config):
+    x, y = model.apply({"params": params}, **batch, deterministic=False, rngs={"dropout": rng})
+    logits = config.scale * (x @ y.T)
+    value = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(len(x))).mean()
+    return value, ({"contrastive": value}, {"seen": extra["seen"] + 1})
+
+
+class ToyProcessor:
+    def __init__(self, size, poison):
+        self.size, self.poison = size, poison
+
+    @classmethod
+    def from_config(cls, section, augment):
+        return cls(section["size"], section.get("poison", -1))
+
+    def example(self, example, rng, train):
+        text = np.frombuffer(example["text"].encode()[:4].ljust(4), np.uint8).astype(np.int32)
+        image = rng.normal(size=(self.size, self.size, 3)).astype(np.float32)
+        if int(example["text"]) == self.poison:
+            image[0] = np.nan
+        return {"image": image, "tokens": text - 48, "mask": np.ones(4, bool)}
+
+    def save(self, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "processor.json").write_text(json.dumps({"size": self.size}))
+
+
+FAMILY = Family(
+    name="toy",
+    config_type=ToyConfig,
+    module=Toy,
+    loss_type=ToyLoss,
+    loss=loss,
+    init_extra=lambda config, rng: {"seen": jnp.zeros((), jnp.int32)},
+    example=lambda config: {
+        "image": jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32),
+        "tokens": jax.ShapeDtypeStruct((1, 4), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((1, 4), jnp.bool_),
+    },
+    processor=ToyProcessor,
+    weights=None,
+)

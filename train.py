@@ -1,0 +1,189 @@
+"""Pretrains any model family: configuration, model, data, state, step, loop.
+
+    python train.py --config=configs/altclip.py:tiny --workdir=runs/tiny
+    python train.py --config=configs/altclip.py:altclip --dry_run
+
+Run the same command again to go on from the newest verified checkpoint, on any number of devices and hosts. SIGTERM
+and SIGINT finish the step, save, and exit with status 75.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.config import build, command_line, config_hash, parse_command
+from vlm.errors import UserError, exit_on_user_error
+from vlm.schema import Config
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = command_line(__doc__ or "")
+    parser.add_argument("--workdir", metavar="DIR", help="where checkpoints, metrics and samples go")
+    parser.add_argument("--dry_run", action="store_true", help="describe the run without allocating a weight")
+    parser.add_argument("--allow_config_change", action="store_true", help="go on with another configuration or data")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts: address of the first")
+    parser.add_argument("--num_processes", type=int, help="several hosts: how many")
+    parser.add_argument("--process_id", type=int, help="several hosts: which one this is, from 0")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    with exit_on_user_error():
+        options, config = parse_command(arguments(), argv)
+        if config is None:
+            raise UserError("--config=FILE is missing; see --help")
+        settings = build(Config, config, "")
+        if options.dry_run:
+            from vlm import dry_run
+
+            print(dry_run.describe(settings, config))
+            return 0
+        if not options.workdir:
+            raise UserError("--workdir=DIR is missing; see --help")
+        connect(options)
+        return train(config, settings, Path(options.workdir), options.allow_config_change)
+
+
+def connect(options: argparse.Namespace) -> None:
+    """Joins the other hosts: named by flags, or found in the environment."""
+    import jax
+
+    if options.coordinator or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
+    elif options.num_processes is not None or options.process_id is not None:
+        raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT")
+
+
+def train(config: Any, settings: Config, workdir: Path, allow_change: bool = False) -> int:
+    """The whole run. Returns the exit status: 0 when all steps are done, 75 when it was stopped and saved."""
+    import jax
+    from jax.sharding import NamedSharding
+
+    from vlm import sharding
+    from vlm import workdir as folder
+    from vlm.checkpoint import Checkpoints
+    from vlm.experiment import compile_step, experiment, make_loader, make_processor, make_report
+    from vlm.preemption import Preemption
+
+    primary = jax.process_index() == 0
+    mesh = sharding.make_mesh(settings.sharding.mesh)
+    with contextlib.ExitStack() as stack:
+        if primary:
+            stack.enter_context(folder.claim(workdir))
+            folder.check_config(workdir, config, allow_change)
+        stack.enter_context(sharding.use(mesh, settings.sharding.rules))
+        preemption = stack.enter_context(Preemption(mesh if jax.process_count() > 1 else None))
+
+        # Model and data; nothing is allocated yet.
+        parts = experiment(settings)
+        placements = sharding.place(parts.init.abstract(), settings.sharding.rules, mesh.shape)
+        split = NamedSharding(mesh, sharding.batch_spec(settings.sharding, settings.data.batch_size, mesh.shape))
+        processor = make_processor(settings, parts.family)
+        loader = make_loader(settings, processor, split, workdir)
+
+        # The state: from the newest verified checkpoint, or new.
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.train.keep)
+        stack.enter_context(contextlib.closing(checkpoints))
+        state = begin(settings, parts.init, placements, mesh, checkpoints, loader.fingerprint, allow_change)
+        if primary:
+            folder.record(workdir, config, processor)
+
+        # The step, compiled for the first batch; then the loop.
+        batches = stack.enter_context(loader.iterate(int(state.step)))
+        feed = device_batches(batches, split, settings.data.batch_size)
+        if int(state.step) >= settings.train.steps:
+            return 0
+        first = next(feed)
+        if primary and "image" in first[0]:
+            folder.save_samples(workdir, first[0]["image"], int(state.step), settings.train.sample_images)
+        step, flops = compile_step(settings, parts, state, first[0], split)
+        report = stack.enter_context(make_report(settings, config, workdir, flops, int(state.step)))
+
+        def save(number: int, state: Any, wait: bool = False) -> None:
+            position = {"step": number, "fingerprint": loader.fingerprint}
+            checkpoints.save(number, state, position, config_hash(config), wait=wait)
+
+        def evaluate(state: Any) -> dict[str, float]:
+            from vlm import evaluation
+
+            return evaluation.run(settings.eval, parts.model, state.params, processor)
+
+        return loop(settings, state, step, first, feed, report, save, evaluate, preemption)
+
+
+def begin(
+    settings: Config, init: Any, placements: Any, mesh: Any, checkpoints: Any, fingerprint: str, allow_change: bool
+) -> Any:
+    """The state to go on with."""
+    from vlm.experiment import starting_weights
+    from vlm.sharding import abstract
+    from vlm.training import init_state
+
+    found = checkpoints.restore(abstract(placements, mesh))
+    if found is None:
+        return init_state(init, placements, mesh, settings.train.seed, starting_weights(settings))
+    state, step, position = found
+    if position.get("fingerprint") != fingerprint and not allow_change:
+        raise UserError(f"the data differ from those up to step {step} (--allow_config_change to go on with them)")
+    print(f"resumed from step {step}", file=sys.stderr)
+    return state
+
+
+def device_batches(batches: Iterator[Any], split: Any, batch_size: int) -> Iterator[tuple[Any, float, float]]:
+    """(batch on the devices, its real tokens, seconds waited for it); copies run beside the step before."""
+    from vlm.sharding import put_batch
+
+    while True:
+        began = time.monotonic()
+        batch = next(batches)
+        waited = time.monotonic() - began
+        tokens = float(batch["mask"].sum()) * batch_size / len(batch["mask"]) if "mask" in batch else 0.0
+        yield put_batch(batch, split, batch_size), tokens, waited
+
+
+def loop(
+    settings: Config,
+    state: Any,
+    step: Any,
+    item: tuple[Any, float, float],
+    feed: Iterator[tuple[Any, float, float]],
+    report: Any,
+    save: Any,
+    evaluate: Any,
+    preemption: Any,
+) -> int:
+    """Runs the steps that are left, with everything that happens between them."""
+    from vlm.preemption import EXIT_PREEMPTED
+
+    first, last = int(state.step) + 1, settings.train.steps
+    due = lambda number, every: bool(every) and (number % every == 0 or number == last)  # noqa: E731
+    for number in range(first, last + 1):
+        batch, tokens, waited = item
+        state, metrics = step(state, batch)
+        report.dispatched(number, metrics, tokens, waited)
+        stopping = preemption.stop()
+        if number < last and not stopping:
+            item = next(feed)  # while the step runs
+        if settings.eval and due(number, settings.train.eval_every) and not stopping:
+            with report.paused():
+                report.evaluated(number, evaluate(state))
+        if stopping or number == last or due(number, settings.train.checkpoint_every):
+            with report.paused():
+                save(number, state, wait=stopping or number == last)
+        if stopping and number < last:
+            report.say(f"stopped and saved at step {number}; the same command goes on from there")
+            return EXIT_PREEMPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What a run would do, without allocating a weight: the configuration, parameters, their layout, memory, a batch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlm import sharding
+from vlm.config import to_json
+from vlm.data.source import open_sources
+from vlm.errors import UserError
+from vlm.experiment import experiment, make_processor
+from vlm.family import Family
+from vlm.optimizer import Optimizer
+from vlm.schema import Config, MeshConfig
+from vlm.sharding import Placement
+
+
+def describe(settings: Config, config: Any) -> str:
+    """The whole report.
+
+    Raises:
+      UserError: anything a real start would refuse about model, optimizer or sharding.
+    """
+    parts = experiment(settings)
+    sizes = planned_mesh(settings.sharding.mesh)
+    state = sharding.place(parts.init.abstract(), settings.sharding.rules, sizes)
+    sharding.batch_spec(settings.sharding, settings.data.batch_size, sizes)
+    sections = [
+        ("configuration", to_json(config).rstrip()),
+        ("parameters by module", _modules(state.params, parts.optimizer)),
+        ("parameters", _parameters(state.params, parts.optimizer)),
+        ("memory per device", _memory(state, sizes)),
+        ("replicated although a rule would split them", _replicated(state)),
+        ("one batch", _batch(settings, parts.family)),
+    ]
+    return "\n".join(f"== {title}\n{text}\n" for title, text in sections)
+
+
+def planned_mesh(mesh: MeshConfig) -> dict[str, int]:
+    """The mesh of the run: with -1, on the devices of this machine; otherwise on as many as it names."""
+    fixed = math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size != -1)
+    open_ended = -1 in (mesh.data, mesh.fsdp, mesh.tensor)
+    return sharding.mesh_shape(mesh, max(fixed, jax.device_count() // fixed * fixed) if open_ended else fixed)
+
+
+def _count(placements: Sequence[Placement]) -> int:
+    return sum(math.prod(placement.shape) for placement in placements)
+
+
+def _modules(params: Any, optimizer: Optimizer) -> str:
+    """Parameters of every module down to the second level, and how many of them are trained."""
+    groups: dict[str, list[Placement]] = {}
+    for placement in jax.tree.leaves(params):
+        path = placement.path.removeprefix("params/").split("/")
+        for depth in range(min(len(path), 3)):
+            groups.setdefault("/".join(path[:depth]) or "total", []).append(placement)
+    rows = []
+    for name in ["total", *sorted(set(groups) - {"total"})]:
+        learn = [p for p in groups[name] if not optimizer.groups[p.path.removeprefix("params/")].freeze]
+        rows.append((name, f"{_count(groups[name]):,}", f"{_count(learn):,}"))
+    return table(("module", "parameters", "trainable"), rows)
+
+
+def _parameters(params: Any, optimizer: Optimizer) -> str:
+    rows = []
+    for placement in jax.tree.leaves(params):
+        path = placement.path.removeprefix("params/")
+        group = optimizer.groups[path]
+        how = "frozen" if group.freeze else f"lr x{group.lr_multiplier:g}, decay {optimizer.decay[path]:g}"
+        spec = ", ".join("-" if axis is None else "+".join(np.atleast_1d(axis)) for axis in placement.spec)
+        rows.append((path, "x".join(map(str, placement.shape)), str(placement.dtype), spec or "-", how))
+    return table(("path", "shape", "dtype", "split over", "training"), rows)
+
+
+def _memory(state: Any, sizes: Mapping[str, int]) -> str:
+    rows = []
+    for name in ("params", "opt_state", "ema", "extra"):
+        part = getattr(state, name)
+        whole = sum(placement.size_in_bytes for placement in jax.tree.leaves(part))
+        rows.append((name, size(whole), size(sharding.bytes_per_device(part))))
+    whole = sum(placement.size_in_bytes for placement in jax.tree.leaves(state))
+    rows.append(("state", size(whole), size(sharding.bytes_per_device(state))))
+    gradients = sum(placement.bytes_per_device for placement in jax.tree.leaves(state.params))
+    mesh = " x ".join(f"{axis}={ways}" for axis, ways in sizes.items())
+    note = f"mesh {mesh}; gradients add up to {size(gradients)}, activations come on top"
+    return table(("part", "whole", "per device"), rows) + "\n" + note
+
+
+def _replicated(state: Any) -> str:
+    weights = sharding.replicated((state.params, state.extra))
+    return "\n".join(f"{p.path.split('/', 1)[1]}: {p.replicated}" for p in weights) or "none"
+
+
+def _batch(settings: Config, family: Family) -> str:
+    """One example through the processor, or why that is not possible here."""
+    try:
+        processor = make_processor(settings, family)
+        sources, _ = open_sources(settings.data.sources)
+        example = processor.example(sources[0][0], np.random.default_rng(0), True)
+    except (UserError, OSError) as error:
+        return f"not available here: {error}"
+    rows = []
+    for name, value in sorted(example.items()):
+        array = np.asarray(value)
+        rows.append((name, "x".join(map(str, (settings.data.batch_size, *array.shape))), str(array.dtype)))
+    return table(("array", "shape", "dtype"), rows)
+
+
+def size(count: int) -> str:
+    """Bytes as "1.50 GiB"."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    return f"{value:,.2f} GiB"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns; columns of numbers are right-aligned."""
+    lines = [tuple(header), *map(tuple, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    numbers = re.compile(r"[\d,.]+( [KMG]i?B| B)?")
+    numeric = [all(numbers.fullmatch(row[i]) for row in rows) for i in range(len(header))]
+    aligned = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        )
+        for line in lines
+    ]
+    return "\n".join(line.rstrip() for line in aligned)

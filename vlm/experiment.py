@@ -1,0 +1,148 @@
+"""From settings to the parts of a run: the model, its loss, the optimizer, and how the state starts.
+
+Nothing is allocated here, so that a dry run of an 80-billion-parameter model fits on a laptop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from vlm import flops, metrics
+from vlm.data.batch import LoaderSettings
+from vlm.data.loader import Loader
+from vlm.data.source import open_sources
+from vlm.errors import UserError
+from vlm.family import Family
+from vlm.models import get_family
+from vlm.optimizer import Optimizer, make_optimizer
+from vlm.schema import Config
+from vlm.sharding import local_rows, unbox
+from vlm.strict import build
+from vlm.training import LossFn, StateInit, make_train_step, trace_step
+from vlm.tree import flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts that `experiment` made."""
+
+    family: Family
+    model_config: Any
+    model: Any
+    loss_config: Any
+    loss: LossFn
+    optimizer: Optimizer
+    init: StateInit
+
+
+def experiment(settings: Config, remat: str | None = None) -> Experiment:
+    """Builds the parts from settings; `remat` replaces the configured policy.
+
+    Raises:
+      UserError: an unknown family or setting, parameter groups that do not fit the model.
+    """
+    family = get_family(settings.family)
+    inherited = {"dtype": settings.precision.compute, "remat": remat or settings.remat}
+    model_config = build(family.config_type, settings.model, "model", inherited)
+    loss_config = build(family.loss_type, settings.loss, "loss", inherited)
+    model = family.module(model_config)
+
+    def init_params(key: jax.Array) -> Any:
+        keys = {"params": jax.random.fold_in(key, 0), "dropout": jax.random.fold_in(key, 1)}
+        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), family.example(model_config))
+        return model.init(keys, **example)["params"]
+
+    def init_extra(key: jax.Array) -> Any:
+        return family.init_extra(loss_config, key)
+
+    def loss(params: Any, extra: Any, batch: Any, rng: jax.Array) -> Any:
+        return family.loss(model, params, extra, dict(batch), rng, loss_config)
+
+    paths = flatten(unbox(jax.eval_shape(lambda: init_params(jax.random.key(0)))))
+    optimizer = make_optimizer(settings.optimizer, paths, settings.train.steps)
+    init = StateInit(init_params, init_extra, optimizer, settings.precision.frozen)
+    return Experiment(family, model_config, model, loss_config, loss, optimizer, init)
+
+
+def starting_weights(settings: Config) -> dict[str, Any]:
+    """Lazy starting values by state path, from the checkpoints in `config.init`; {}: everything starts random."""
+    if settings.init:
+        raise UserError("config.init: not supported yet")
+    return {}
+
+
+def make_processor(settings: Config, family: Family) -> Any:
+    """The family's processor for `config.processor`, with `data.augment` for training examples."""
+    return family.processor.from_config(settings.processor, settings.data.augment)
+
+
+def make_loader(settings: Config, processor: Any, split: NamedSharding, ledger: str | os.PathLike | None) -> Loader:
+    """The training data; this host reads the rows that its devices hold under `split`.
+
+    Raises:
+      UserError: data that cannot be opened.
+    """
+    data = settings.data
+    start, stop = local_rows(split, data.batch_size)
+    loader = LoaderSettings(
+        batch_size=data.batch_size,
+        seed=data.seed,
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        host_index=start // (stop - start),
+        host_count=data.batch_size // (stop - start),
+        max_skip_fraction=data.max_skip_fraction,
+    )
+    sources, weights = open_sources(data.sources)
+    return Loader(sources, processor.example, loader, weights=weights, ledger=ledger)
+
+
+def compile_step(
+    settings: Config, parts: Experiment, state: Any, batch: Any, split: NamedSharding
+) -> tuple[Any, float]:
+    """Compiles the training step for this state and batch; also returns its model FLOPs, without recomputation."""
+
+    def trace(parts: Experiment) -> Any:
+        accumulation = settings.optimizer.accumulation_steps
+        step = make_train_step(parts.loss, parts.optimizer, settings.train.seed, accumulation)
+        return trace_step(step, state, batch, split)
+
+    traced = trace(parts)
+    plain = traced if settings.remat == "none" else trace(experiment(settings, remat="none"))
+    return traced.lower().compile(), flops.count_flops(plain.jaxpr)
+
+
+@contextlib.contextmanager
+def make_report(
+    settings: Config, config: Any, workdir: Path, step_flops: float, start: int
+) -> Iterator[metrics.Report]:
+    """The report of a run from step `start` on; only the first host writes and prints."""
+    primary, train = jax.process_index() == 0, settings.train
+    kind = jax.devices()[0].device_kind
+    peak = flops.peak_flops(kind)
+    progress = metrics.Progress(train.steps, start, enabled=primary)
+    writer = None
+    if primary:
+        writer = metrics.MetricsWriter(
+            workdir, start, tensorboard=train.tensorboard, wandb=train.wandb, config=config.to_dict()
+        )
+    known = f"peak {peak / 1e12:g} TFLOP/s each" if peak else "peak unknown, so is the utilisation"
+    progress.say(f"{jax.device_count()} x {kind} ({known}); {step_flops / 1e9:.4g} GFLOP per step")
+    rates = metrics.Rates(settings.data.batch_size, step_flops, peak * jax.device_count() if peak else None)
+    report = metrics.Report(rates, progress, writer, train.log_every, train.max_bad_steps)
+    try:
+        yield report
+        report.settle()
+    finally:
+        progress.close()
+        if writer is not None:
+            writer.close()

@@ -1,0 +1,268 @@
+"""What a run reports: metrics.jsonl and TensorBoard, rates and utilisation, one line or bar of progress."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from vlm.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends metrics of steps to `metrics.jsonl` (one JSON object a line), TensorBoard and, if asked, wandb.
+
+    After a restart at `start_step`, lines of later steps (which will be run again) and a torn last line are dropped
+    first. A metric that is not finite is written as null.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        start_step: int = 0,
+        *,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
+        path = workdir / METRICS
+        _drop_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        self._wandb = _start_wandb(wandb, workdir, config) if wandb else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the metrics of one step; the line is on disk when this returns."""
+        clean = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3)} | clean) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in clean.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(clean, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes every destination."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("config.train.wandb needs the extra: pip install 'vlm[wandb]'") from None
+    return wandb.init(project=project, dir=str(workdir), config=dict(config or {}), resume="allow")
+
+
+@dataclasses.dataclass
+class Rates:
+    """Speed between two reports.
+
+    Attributes:
+      examples: examples per step, all hosts.
+      flops: model FLOPs per step, without recomputation.
+      peak: FLOP/s of all devices together at best; None when unknown, and then no utilisation is reported.
+    """
+
+    examples: int
+    flops: float
+    peak: float | None
+    _began: float = dataclasses.field(default_factory=time.monotonic)
+    _steps: int = 0
+    _tokens: float = 0.0
+    _waited: float = 0.0
+
+    def step(self, tokens: float, waited: float) -> None:
+        """Counts one finished step with its real (unpadded) tokens and the seconds it waited for data."""
+        self._steps += 1
+        self._tokens += tokens
+        self._waited += waited
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that was spent on something else than steps (evaluation, a blocking save)."""
+        self._began += seconds
+
+    def report(self) -> dict[str, float]:
+        """Rates since the last report, which starts the next interval."""
+        now = time.monotonic()
+        seconds, steps = max(now - self._began, 1e-9), self._steps
+        values = {
+            "steps_per_second": steps / seconds,
+            "examples_per_second": steps * self.examples / seconds,
+            "data_wait_share": min(1.0, self._waited / seconds),
+            "model_tflops_per_second": steps * self.flops / seconds / 1e12,
+        }
+        if self._tokens:
+            values["tokens_per_second"] = self._tokens / seconds
+        if self.peak:
+            values["mfu"] = steps * self.flops / seconds / self.peak
+        self._began, self._steps, self._tokens, self._waited = now, 0, 0.0, 0.0
+        return values
+
+
+class Progress:
+    """A bar on a terminal, otherwise one plain line per report."""
+
+    def __init__(self, steps: int, start: int = 0, stream: TextIO | None = None, enabled: bool = True):
+        self._steps, self._start, self._began = steps, start, time.monotonic()
+        self._stream = sys.stderr if stream is None else stream
+        self._enabled, self._bar = enabled, None
+        if enabled and self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=start, file=self._stream, dynamic_ncols=True, unit="step")
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step` finished steps."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def report(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the metrics of `step`."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(" | ".join(_parts(values)))
+        elif self._enabled:
+            seconds = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._steps - step)
+            self.say(" | ".join([f"step {step}/{self._steps}", *_parts(values), f"eta {duration(seconds)}"]))
+
+    def say(self, line: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        elif self._enabled:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Report:
+    """Collects the metrics of steps as they finish and passes them on, without making the device wait.
+
+    A step's metrics are read when `LAG` more steps have been dispatched. So the host never runs further ahead than
+    that, and a run of bad steps is noticed as soon as it is long enough.
+    """
+
+    LAG = 2
+
+    def __init__(
+        self, rates: Rates, progress: Progress, writer: MetricsWriter | None, log_every: int, max_bad_steps: int
+    ):
+        self._rates, self._progress, self._writer = rates, progress, writer
+        self._log_every, self._max_bad_steps = log_every, max_bad_steps
+        self._open: collections.deque[tuple[int, Mapping[str, Any], float, float]] = collections.deque()
+
+    def dispatched(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float) -> None:
+        """Takes over the metrics (device scalars) of a step that was just started.
+
+        Raises:
+          Diverged: `max_bad_steps` steps in a row were not finite.
+        """
+        self._open.append((step, metrics, tokens, waited))
+        while len(self._open) > self.LAG:
+            self._finish(*self._open.popleft())
+
+    def settle(self) -> None:
+        """Waits for every dispatched step. Raises as `dispatched` does."""
+        while self._open:
+            self._finish(*self._open.popleft())
+
+    def _finish(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float) -> None:
+        bad = int(metrics["bad_steps_in_a_row"])
+        self._rates.step(tokens, waited)
+        self._progress.advance(step)
+        if bad >= self._max_bad_steps:
+            raise Diverged(
+                f"{bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; they changed "
+                "nothing. The learning rate, the precision or the data is wrong; earlier checkpoints are sound"
+            )
+        if self._log_every and step % self._log_every == 0:
+            values = {name: float(value) for name, value in metrics.items()} | self._rates.report()
+            self._write(step, values)
+            self._progress.report(step, values)
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes and shows the metrics of an evaluation."""
+        self._write(step, {f"eval/{name}": value for name, value in values.items()})
+        self.say(f"step {step} | " + " | ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def say(self, line: str) -> None:
+        """Prints a line between the progress reports."""
+        self._progress.say(line)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.write(step, values)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Settles, and leaves what happens inside out of the rates."""
+        self.settle()
+        began = time.monotonic()
+        yield
+        self._rates.pause(time.monotonic() - began)
+
+
+class Diverged(RuntimeError):
+    """Training cannot go on: too many consecutive steps were not finite."""
+
+
+def _parts(values: Mapping[str, float]) -> list[str]:
+    parts = []
+    if "loss" in values:
+        parts.append(f"loss {values['loss']:.4g}")
+    if "steps_per_second" in values:
+        parts.append(f"{values['steps_per_second']:.3g} steps/s")
+    if "examples_per_second" in values:
+        parts.append(f"{values['examples_per_second']:.4g} examples/s")
+    if "mfu" in values:
+        parts.append(f"mfu {values['mfu']:.1%}")
+    if "data_wait_share" in values:
+        parts.append(f"data wait {values['data_wait_share']:.0%}")
+    if values.get("bad_steps"):
+        parts.append(f"{values['bad_steps']:.0f} bad steps")
+    return parts
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "3h59m", "4m05s" or "12s"."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
