@@ -25,6 +25,8 @@ from vlm.tokenizers.wordpiece import bert_tokenizer
 Layout = Literal["xlm-roberta", "llama"]
 _MODEL_FILES = ("sentencepiece.bpe.model", "tokenizer.model", "spiece.model")
 _CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
+FILE_NAMES = (*_MODEL_FILES, "tokenizer.json", "vocab.txt", "vocab.json", _CLIP_FILE)
+"""Files that show that a folder holds a tokenizer."""
 _LAYOUT_OF_CLASS: dict[str, Layout] = {"XLMRobertaTokenizer": "xlm-roberta", "LlamaTokenizer": "llama"}
 _LAYOUT_OF_MODEL: dict[str, Layout] = {
     **dict.fromkeys(("altclip", "xlm-roberta", "xlm-roberta-xl"), "xlm-roberta"),

@@ -1,0 +1,273 @@
+"""Images and texts to AltCLIP's batches: CLIP's picture pipeline, XLM-R's tokens, and CLIP's tokens for the teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from vlm.data.augment import AugmentSettings, augment
+from vlm.data.image import ImageSettings, decode, process, to_rgb
+from vlm.data.image_config import read_image_config, write_image_config
+from vlm.errors import UserError
+from vlm.manifest import write_atomically
+from vlm.tokenizers import Tokenizer, load
+from vlm.tokenizers.files import read_json, read_json_if_present
+from vlm.tokenizers.loading import FILE_NAMES
+
+TEACHER_LENGTH = 77
+"""Rows of CLIP's text tower, special tokens included."""
+MAX_LENGTH = 77
+"""Where the authors cut texts in training and evaluation."""
+_SETTINGS_FILE = "vlm_processor.json"
+_TEACHER_FOLDER = "teacher_tokenizer"
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+
+ImageInput = str | Path | bytes | Image.Image | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorConfig:
+    """The processor's section of a configuration.
+
+    Attributes:
+        tokenizer, teacher_tokenizer: folders or files that `vlm.tokenizers.load` reads; None: not needed.
+        image: how pictures become arrays.
+        augment: random crops and colours in training; None: pictures as in evaluation.
+        max_length: length of token rows.
+        normalise: False delivers uint8 pictures, to be normalised on the device.
+    """
+
+    tokenizer: str | None = None
+    teacher_tokenizer: str | None = None
+    image: ImageSettings = dataclasses.field(default_factory=ImageSettings)
+    augment: AugmentSettings | None = None
+    max_length: int = MAX_LENGTH
+    normalise: bool = True
+
+
+class Processor:
+    """Turns images and texts into batches (`processor(...)`), and raw examples into rows (`processor.example`).
+
+    Args:
+        tokenizer: of the text tower; None where only images are processed.
+        image_settings: None where only texts are processed.
+        max_length: rows of tokens are cut, and by default padded, to this length.
+        teacher_tokenizer: CLIP's, for teacher learning.
+        augment: random variation of pictures in training.
+        normalise: False gives uint8 pictures.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        image_settings: ImageSettings | None,
+        max_length: int = MAX_LENGTH,
+        teacher_tokenizer: Tokenizer | None = None,
+        *,
+        augment: AugmentSettings | None = None,
+        normalise: bool = True,
+    ):
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
+            raise UserError(f"max_length must be a whole number of at least 2, found {max_length!r}")
+        self.tokenizer, self.teacher_tokenizer = tokenizer, teacher_tokenizer
+        self.image_settings, self.augment = image_settings, augment
+        self.max_length, self.normalise = max_length, normalise
+
+    @classmethod
+    def from_config(cls, config: ProcessorConfig) -> Processor:
+        """Opens the tokenizers that a configuration names."""
+        tokenizer, teacher = (load(path) if path else None for path in (config.tokenizer, config.teacher_tokenizer))
+        options = {"augment": config.augment, "normalise": config.normalise}
+        return cls(tokenizer, config.image, config.max_length, teacher, **options)
+
+    def __call__(
+        self,
+        images: Sequence[ImageInput] | None = None,
+        texts: Sequence[str] | None = None,
+        *,
+        padding: Literal["longest", "max_length"] = "max_length",
+    ) -> dict[str, np.ndarray]:
+        """Makes a batch for evaluation or inference.
+
+        Args:
+            images: paths, encoded bytes, PIL images, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4].
+            texts: strings, cut to `max_length` tokens.
+            padding: rows of `max_length`, so that a compiled model sees one shape, or as long as the longest.
+
+        Returns:
+            `image` float32[B, H, W, 3] (uint8 without normalisation), `tokens` int32[B, L], `mask` bool[B, L];
+            without images or texts their keys are absent.
+
+        Raises:
+            UserError: naming the file, or the number of the image or text, that is wrong.
+        """
+        batch: dict[str, np.ndarray] = {}
+        if images is not None:
+            if isinstance(images, (str, bytes, Path, Image.Image)):
+                raise UserError(f"images must be a list, found one {type(images).__name__}")
+            rows = [self._image(image, f"image {index}") for index, image in enumerate(images)]
+            batch["image"] = self._stack(rows)
+        if texts is not None:
+            batch |= self._tokenizer()(texts, max_length=self.max_length, padding=padding)
+        return batch
+
+    def example(self, example: Mapping[str, Any], rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
+        """Makes the arrays of one raw example, without batch axis; the loader's transform.
+
+        Args:
+            example: `image` (encoded bytes), `text` (a string, or several of which training draws one and
+                evaluation takes the first), `source_text` (the English side of a parallel pair), `target` (its
+                precomputed embedding), `label` (an integer, kept in evaluation). Absent or None: left out.
+            rng: decides on crops, colours and captions.
+            train: whether to draw and vary at all.
+
+        Returns:
+            `image` [H, W, 3], `tokens`, `mask` [max_length]; with a teacher tokenizer and no target
+            `teacher_tokens`, `teacher_mask` [77]; `target` float32[D]; `labels` int32[].
+
+        Raises:
+            UserError: the example lacks everything known, or holds something unusable.
+        """
+        row: dict[str, np.ndarray] = {}
+        name = f"example {example['key']}" if "key" in example else "example"
+        if isinstance(example.get("image"), (str, Path)):  # a record must not choose which file is opened
+            raise UserError(f"{name}: image must be encoded bytes, found a path")
+        if example.get("image") is not None:
+            row["image"] = self._image(example["image"], f"{name}: image", rng if train else None)
+        if example.get("text") is not None:
+            text = _one_text(example["text"], rng if train else None, f"{name}: text")
+            row |= _encode(self._tokenizer(), text, self.max_length)
+        if example.get("target") is not None:
+            row["target"] = _vector(example["target"], f"{name}: target")
+        elif example.get("source_text") is not None and self.teacher_tokenizer is not None:
+            text = _one_text(example["source_text"], rng if train else None, f"{name}: source_text")
+            teacher = _encode(self.teacher_tokenizer, text, TEACHER_LENGTH)
+            row |= {f"teacher_{key}": value for key, value in teacher.items()}
+        if not row:
+            raise UserError(f"{name}: expected image, text or source_text, found {', '.join(example) or 'nothing'}")
+        if not train and example.get("label") is not None:
+            row["labels"] = np.asarray(example["label"], np.int32)
+        return row
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the tokenizers and settings; Hugging Face's AltCLIPProcessor reads the folder too."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.tokenizer is not None:
+            self.tokenizer.save(directory)
+        if self.teacher_tokenizer is not None:
+            self.teacher_tokenizer.save(directory / _TEACHER_FOLDER)
+        settings = {"format_version": 1, "max_length": self.max_length, "normalise": self.normalise}
+        files: dict[str, Mapping[str, Any]] = {_SETTINGS_FILE: settings}
+        if self.image_settings is not None:
+            files[_IMAGE_FILES[0]] = write_image_config(self.image_settings)
+        for file, content in files.items():
+            write_atomically(directory / file, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Processor:
+        """Reads a folder written by `save`, or a Hugging Face folder.
+
+        A part that the folder lacks (a vision tower alone has no tokenizer) is left out, and asking for it is an
+        error then. Augmentation belongs to a training run and is not stored.
+
+        Raises:
+            UserError: the folder holds neither a tokenizer nor image settings, or a file is wrong.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such folder (expected a processor)")
+        has_tokenizer = any((directory / name).is_file() for name in FILE_NAMES)
+        image_file = next((directory / name for name in _IMAGE_FILES if (directory / name).is_file()), None)
+        if not has_tokenizer and image_file is None:
+            raise UserError(f"{directory}: no processor found; expected {_IMAGE_FILES[0]} and tokenizer files")
+        settings = read_json_if_present(directory / _SETTINGS_FILE)
+        if settings.get("format_version", 1) != 1:
+            raise UserError(f"{directory / _SETTINGS_FILE}: format version {settings['format_version']}, expected 1")
+        teacher = directory / _TEACHER_FOLDER
+        return cls(
+            load(directory) if has_tokenizer else None,
+            read_image_config(read_json(image_file), str(image_file)) if image_file else None,
+            settings.get("max_length", MAX_LENGTH),
+            load(teacher) if teacher.is_dir() else None,
+            normalise=settings.get("normalise", True) is not False,
+        )
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("this processor has no tokenizer, so it cannot take texts")
+        return self.tokenizer
+
+    def _image(self, image: Any, name: str, rng: np.random.Generator | None = None) -> np.ndarray:
+        if self.image_settings is None:
+            raise UserError("this processor has no image settings, so it cannot take images")
+        picture = _open(image, name)
+        if rng is not None and self.augment is not None:
+            return augment(picture, self.image_settings, self.augment, rng, normalise=self.normalise)
+        return process(picture, self.image_settings, normalise=self.normalise)
+
+    def _stack(self, rows: list[np.ndarray]) -> np.ndarray:
+        if not rows:
+            size = (self.image_settings and self.image_settings.output_size) or (0, 0)
+            return np.zeros((0, *size, 3), np.float32 if self.normalise else np.uint8)
+        if len({row.shape for row in rows}) > 1:
+            raise UserError("images differ in size after resizing: set a crop, or resize to an exact size")
+        return np.stack(rows)
+
+
+def _open(image: Any, name: str) -> Image.Image:
+    """Decodes or wraps one image of any accepted kind."""
+    if isinstance(image, (str, Path)):
+        return decode(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return decode(bytes(image), name=name)
+    if isinstance(image, Image.Image):
+        try:
+            image.load()
+            return to_rgb(image)
+        except (OSError, SyntaxError, ValueError) as error:  # a picture that PIL opened but cannot decode
+            raise UserError(f"{name}: damaged picture ({error})") from None
+    if isinstance(image, np.ndarray):
+        pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+            found = f"{image.dtype}{list(image.shape)}"
+            raise UserError(f"{name}: expected uint8[H, W], [H, W, 3] or [H, W, 4], found {found}")
+        if not pixels.size:
+            raise UserError(f"{name}: an image without pixels, {list(image.shape)}")
+        return to_rgb(Image.fromarray(pixels))
+    raise UserError(f"{name}: expected a path, bytes, a PIL image or a uint8 array, found {type(image).__name__}")
+
+
+def _one_text(value: Any, rng: np.random.Generator | None, name: str) -> str:
+    if isinstance(value, (list, tuple, np.ndarray)):
+        if not len(value):
+            raise UserError(f"{name}: an empty list")
+        value = value[int(rng.integers(len(value))) if rng is not None else 0]
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{name}: not valid UTF-8") from None
+    if not isinstance(value, str):
+        raise UserError(f"{name}: expected a string, found {type(value).__name__}")
+    return value
+
+
+def _encode(tokenizer: Tokenizer, text: str, length: int) -> dict[str, np.ndarray]:
+    return {key: value[0] for key, value in tokenizer([text], max_length=length, padding="max_length").items()}
+
+
+def _vector(value: Any, name: str) -> np.ndarray:
+    try:
+        vector = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        vector = np.zeros((0, 0), np.float32)
+    if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
+        raise UserError(f"{name}: expected a vector of finite numbers, found {value!r:.80}")
+    return vector
