@@ -103,7 +103,7 @@ def stack(views: Sequence[TensorView]) -> TensorView:
         shape = tuple(part.stop - part.start for part in index)
         out = np.empty(shape, views[0].dtype)
         for i, view in enumerate(chosen):
-            out[i] = view.fetch(index[1:])
+            copy_into(out[i], view.fetch(index[1:]))
         return out
 
     return TensorView((len(views), *views[0].shape), views[0].dtype, fetch)
@@ -142,3 +142,25 @@ def cast(view: TensorView, dtype: np.dtype) -> TensorView:
     if dtype == view.dtype:
         return view
     return TensorView(view.shape, dtype, lambda index: view.fetch(index).astype(dtype))
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """Returns the array in C order, copying only where it is not."""
+    if array.flags.c_contiguous:
+        return array
+    out = np.empty(array.shape, array.dtype)
+    copy_into(out, array)
+    return out
+
+
+def copy_into(out: np.ndarray, array: np.ndarray) -> None:
+    """Copies `array` into `out`; a transposed source band by band, so that each cache line is read once."""
+    if array.ndim < 2 or abs(array.strides[-1]) <= abs(array.strides[-2]):
+        out[...] = array
+        return
+    band = max(1, _CACHE_LINE // array.itemsize)
+    for start in range(0, array.shape[-1], band):
+        out[..., start : start + band] = array[..., start : start + band]
+
+
+_CACHE_LINE = 64

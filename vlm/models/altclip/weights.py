@@ -179,6 +179,19 @@ def assemble(text: Imported, vision: Imported, *, shapes: Shapes, seed: int = 0)
     return Imported(config, {path: params[path] for path in needed}, f"{text.layout} + {vision.layout}", notes)
 
 
+def without(config: AltCLIPConfig, params: Mapping[str, Any]) -> AltCLIPConfig:
+    """The architecture that has only the optional parts whose parameters are left."""
+    parts = ("text_norm", "text_transformation", "text_transformation_pre", "lm_head")
+    kept = {name: any(path.startswith(f"{name}/") for path in params) for name in parts}
+    towers = {name: getattr(config, name) for name in ("vision", "text", "clip_text")}
+    for name, tower in towers.items():
+        prefix = "vision/" if name == "vision" else "text/"
+        towers[name] = tower if any(path.startswith(prefix) for path in params) else None
+    projected = any(path.endswith("_projection/kernel") for path in params)
+    projection_dim = config.projection_dim if projected else None
+    return dataclasses.replace(config, **kept, **towers, projection_dim=projection_dim)
+
+
 def write(config: AltCLIPConfig, params: Mapping[str, TensorView]) -> tuple[dict[str, TensorView], dict[str, Any]]:
     """Returns the tensors and the config.json that transformers loads, with the names of its 4.x releases.
 

@@ -1,0 +1,281 @@
+"""`vlm.load` and `vlm.save`: a model from any kind of checkpoint, and a folder that holds everything it needs.
+
+A model folder: `config.json` (family and architecture), `params.safetensors` (names are parameter paths), tokenizer
+and image settings, and `vlm_manifest.json` (SHA-256 of every file, written last).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vlm.convert.layouts import detect
+from vlm.convert.rules import Rule, import_tensors
+from vlm.convert.torch_file import open_tensors
+from vlm.convert.views import TensorView, cast, from_array
+from vlm.convert.writer import Progress, new_folder, write_tensors
+from vlm.errors import UserError
+from vlm.family import Family
+from vlm.manifest import verify_manifest, write_atomically, write_manifest
+from vlm.models import FAMILIES, get_family
+from vlm.schema import ShardingConfig
+from vlm.sharding import named, place, unbox
+from vlm.strict import build, plain
+from vlm.tokenizers.files import read_json
+from vlm.tree import flatten, unflatten
+
+FORMAT_VERSION = 1
+_CONFIG, _PARAMS = "config.json", "params"
+_TOKENIZER_FILES = ("*.model", "tokenizer.json", "vocab.txt", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
+_PROCESSOR_FILES = (*_TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json")
+
+Rules = Sequence[tuple[str, Any]]
+Verify = Literal["full", "fast"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint that has been recognised and checked, but whose weights are not read yet.
+
+    Attributes:
+        family, config: what the model is.
+        params: lazy parameters by path; of a training run only their shapes are known until `load` restores them.
+        processor_folder: where tokenizer and image settings lie, if anywhere.
+        origin: what was recognised, in words.
+        notes: assumptions and warnings for the user.
+        run: the training run or step directory to restore from.
+    """
+
+    family: Family
+    config: Any
+    params: Mapping[str, TensorView]
+    processor_folder: Path | None
+    origin: str
+    notes: Sequence[str] = ()
+    run: Path | None = None
+
+
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    dtype: str | None = None,
+    verify: Verify = "full",
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Any, dict[str, Any], Any]:
+    """Loads a model from a model folder, a training run, a Hugging Face folder or an original .pth/.pt file.
+
+    Files are memory-mapped; with a mesh, each device reads only its own slices.
+
+    Args:
+        path: the checkpoint; format, layout and family are detected.
+        mesh: devices to shard the parameters over (see `vlm.sharding.make_mesh`); default: the first device.
+        rules: logical axis -> mesh axes; default: `ShardingConfig`'s.
+        dtype: "bfloat16" or "float32": stores the parameters and computes in it. Default: parameters as stored.
+        verify: "full" compares the SHA-256 of every file of a model folder, "fast" only sizes.
+        overrides: architecture values to change, e.g. {"vision.activation": "gelu"} (foreign checkpoints only).
+
+    Returns:
+        The module, its parameters as a nested dict, and the processor (None where the checkpoint has no tokenizer).
+
+    Raises:
+        UserError: nothing recognisable, damaged or incomplete files, weights that do not fit the architecture.
+    """
+    opened = open_model(path, verify=verify, overrides=overrides)
+    for note in opened.notes:
+        logging.getLogger("vlm").warning("%s: %s", path, note)
+    config = _with_dtype(opened.config, dtype) if dtype else opened.config
+    opened = dataclasses.replace(opened, config=config)
+    shardings = None if mesh is None else _shardings(opened, mesh, rules or ShardingConfig().rules)
+    if opened.run is not None:
+        params = _restore(opened.run, shardings, dtype)
+    else:
+        views = {name: cast(view, _stored(dtype or view.dtype)) for name, view in opened.params.items()}
+        params = unflatten({name: _put(view, shardings and shardings[name]) for name, view in views.items()})
+    return opened.family.module(config), params, load_processor(opened)
+
+
+def save(path: str | Path, model: Any, params: Mapping[str, Any], processor: Any = None) -> None:
+    """Writes a self-contained model folder; after a crash it is there whole or not at all.
+
+    Raises:
+        UserError: `path` exists already, the parameters do not fit the model, or are spread over several hosts.
+    """
+    families = [family for family in map(get_family, FAMILIES) if isinstance(model.config, family.config_type)]
+    if not families:
+        raise UserError(f"save: no family has the configuration {type(model.config).__name__}")
+    views = {name: _from_device(name, leaf) for name, leaf in flatten(params).items()}
+    views = _fitted(views, families[0], model.config, "save")
+    save_views(path, families[0], model.config, views, processor)
+
+
+def save_views(
+    path: str | Path,
+    family: Family,
+    config: Any,
+    views: Mapping[str, TensorView],
+    processor: Any = None,
+    progress: Progress = lambda count: None,
+) -> None:
+    """`save` for lazy parameters: they are read, hashed and written block by block."""
+    content = {"format_version": FORMAT_VERSION, "family": family.name, "model": plain(config)}
+    leaves = {name: {"shape": list(view.shape), "dtype": str(view.dtype)} for name, view in views.items()}
+    with new_folder(path) as folder:
+        digests = write_tensors(folder, _PARAMS, views, progress=progress)
+        write_atomically(folder / _CONFIG, json.dumps(content, indent=2).encode())
+        if processor is not None:
+            processor.save(folder)
+        write_manifest(folder, {"parameters": leaves}, digests=digests)
+
+
+def open_model(path: str | Path, *, verify: Verify = "full", overrides: Mapping[str, Any] | None = None) -> OpenModel:
+    """Recognises a checkpoint and maps its tensors to parameters, lazily (arguments and errors as `load`)."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.is_dir() and (path / "model_index.json").is_file() and (path / "text_encoder").is_dir():
+        opened = open_model(path / "text_encoder", verify=verify, overrides=overrides)  # a diffusers pipeline
+        return dataclasses.replace(opened, processor_folder=path / "tokenizer")
+    is_run = path.is_dir() and ((path / "checkpoints").is_dir() or path.absolute().parent.name == "checkpoints")
+    config = _json_beside(path)
+    if is_run or "format_version" in config:
+        if overrides:
+            raise UserError("overrides change how a foreign checkpoint is read; this is one of vlm's own")
+        return _open_run(path) if is_run else _open_folder(path, config, verify)
+    return _open_foreign(path, config, overrides)
+
+
+def load_processor(opened: OpenModel) -> Any:
+    """The processor of an opened model, or None where there are no tokenizer or image settings to read."""
+    folder = opened.processor_folder
+    if folder is None or not any(True for pattern in _PROCESSOR_FILES for _ in folder.glob(pattern)):
+        return None
+    return opened.family.processor.load(folder)
+
+
+def expected_params(family: Family, config: Any) -> dict[str, Any]:
+    """Shape and type of every parameter by path, without allocating any."""
+    return flatten(unbox(_abstract(family, config)))
+
+
+def _abstract(family: Family, config: Any) -> Any:
+    model = family.module(config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), **family.example(config)))["params"]
+
+
+def _json_beside(path: Path) -> dict[str, Any]:
+    """config.json or open_clip_config.json of a folder, or of the folder that a weight file lies in."""
+    folder = path if path.is_dir() else path.parent
+    for name in (_CONFIG, "open_clip_config.json"):
+        if (folder / name).is_file():
+            return read_json(folder / name)
+    return {}
+
+
+def _open_folder(path: Path, config: Mapping[str, Any], verify: Verify) -> OpenModel:
+    if not path.is_dir():
+        raise UserError(f"{path}: part of a model folder; load the folder {path.parent}")
+    verify_manifest(path, verify)
+    if config["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {config['format_version']}, this release reads {FORMAT_VERSION}")
+    family = get_family(str(config.get("family")))
+    architecture = build(family.config_type, config.get("model", {}), "model")
+    index = path / f"{_PARAMS}.safetensors.index.json"
+    tensors = open_tensors(index if index.is_file() else path / f"{_PARAMS}.safetensors")
+    views = _fitted(tensors, family, architecture, str(path))
+    return OpenModel(family, architecture, views, path, "vlm model folder")
+
+
+def _open_run(path: Path) -> OpenModel:
+    from vlm.checkpoint import abstract_params
+
+    settings, shapes = abstract_params(path)
+    family = get_family(str(settings.get("family")))
+    inherited = {"dtype": settings["precision"]["compute"]}
+    architecture = build(family.config_type, settings["model"], "model", inherited)
+    workdir = path if (path / "checkpoints").is_dir() else path.absolute().parent.parent
+
+    def unread(_: Any) -> np.ndarray:
+        raise UserError(f"{path}: parameters of a training run are restored as a whole")
+
+    views = {name: TensorView(leaf.shape, np.dtype(leaf.dtype), unread) for name, leaf in flatten(shapes).items()}
+    views = _fitted(views, family, architecture, str(path))
+    return OpenModel(family, architecture, views, workdir / "processor", "training run", run=path)
+
+
+def _open_foreign(path: Path, config: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> OpenModel:
+    tensors = open_tensors(path)
+    families = [get_family(name) for name in FAMILIES]
+    kind = config.get("model_type")
+    chosen = [family for family in families if kind in family.weights.HF_MODEL_TYPES]
+    fitting = [f for f in chosen or families if any(layout.fits(tensors) for layout in f.weights.LAYOUTS)]
+    if not fitting:  # raises
+        detect([layout for family in families for layout in family.weights.LAYOUTS], tensors, str(path))
+    family = fitting[0]
+    imported = family.weights.read(
+        tensors,
+        config or None,
+        source=str(path),
+        shapes=lambda architecture: expected_params(family, architecture),
+        overrides=overrides,
+    )
+    folder = path if path.is_dir() else path.parent
+    return OpenModel(family, imported.config, imported.params, folder, imported.layout, imported.notes)
+
+
+def _fitted(views: Mapping[str, TensorView], family: Family, config: Any, source: str) -> dict[str, TensorView]:
+    """Checks parameters that have our names against the architecture; all problems in one error."""
+    expected = expected_params(family, config)
+    return import_tensors(views, [Rule(name, name) for name in expected], expected, source=source)
+
+
+def _shardings(opened: OpenModel, mesh: Mesh, rules: Rules) -> dict[str, Any]:
+    return flatten(named(place(_abstract(opened.family, opened.config), rules, dict(mesh.shape)), mesh))
+
+
+def _restore(run: Path, shardings: Mapping[str, Any] | None, dtype: str | None) -> dict[str, Any]:
+    from vlm.checkpoint import restore_params
+
+    _, params = restore_params(run, shardings=None if shardings is None else unflatten(shardings))
+    return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(_stored(dtype)), params)
+
+
+def _put(view: TensorView, sharding: Any) -> jax.Array:
+    """Copies a lazy array to its device or devices, each reading its own slice."""
+
+    def read(index: Iterable[slice] | None) -> np.ndarray:
+        return np.array(view.read(None if index is None else tuple(index)), order="C")  # never an alias of the file
+
+    if sharding is None:
+        return jax.device_put(read(None), jax.local_devices()[0])
+    return jax.make_array_from_callback(view.shape, sharding, read, dtype=view.dtype)
+
+
+def _stored(dtype: Any) -> np.dtype:
+    """The type to keep in memory: float64 files become float32, which is what jax computes in."""
+    dtype = np.dtype(jax.numpy.dtype(dtype))
+    return np.dtype(np.float32) if dtype == np.float64 else dtype
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """Sets every `dtype` field of a nested configuration."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    nested = {name: _with_dtype(value, dtype) for name, value in values.items() if dataclasses.is_dataclass(value)}
+    return dataclasses.replace(config, **nested, **({"dtype": dtype} if "dtype" in values else {}))
+
+
+def _from_device(name: str, leaf: Any) -> TensorView:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise UserError(f"save: {name} is spread over several hosts; save a checkpoint and load it on one host")
+    if not isinstance(leaf, jax.Array):
+        return from_array(np.asarray(leaf))
+    return TensorView(leaf.shape, np.dtype(leaf.dtype), lambda index: np.asarray(leaf)[index])
