@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging as logging_module
 import os
 import shutil
 import threading
@@ -66,6 +68,7 @@ class Checkpoints:
         self._error: tuple[int, BaseException] | None = None
         self._tested = False
         self._lock = steps.WriterLock(self.directory)
+        logging.get_absl_logger().addFilter(_ALREADY_RAISED)
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         from_primary(self._open)
 
@@ -78,6 +81,9 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The complete steps, oldest first; their content is not verified."""
         return steps.step_numbers(self.directory)
+
+    def _newest(self) -> int | None:
+        return max(self.steps(), default=None)
 
     # ------------------------------------------------------------------------------------------------------ save
 
@@ -116,7 +122,7 @@ class Checkpoints:
                 self._orbax.save(target, args=ocp.args.PyTreeSave(tree))
             except Exception as error:
                 self._discard(step)
-                raise _failure(step, error) from error
+                raise _failure(step, error, self._newest()) from error
             self._thread = threading.Thread(target=self._finish, args=(step, extra), name=f"checkpoint-{step}")
             self._thread.start()
         if wait:
@@ -179,7 +185,7 @@ class Checkpoints:
         failed = any_process(error is not None)
         if error is not None:
             self._discard(error[0])
-            raise _failure(*error) from error[1]
+            raise _failure(*error, self._newest()) from error[1]
         if failed:
             raise UserError("a checkpoint failed in another process; see its message")
 
@@ -278,11 +284,26 @@ def _diagnose(path: Path, message: str | None) -> str | None:
     return message
 
 
-def _failure(step: int, error: BaseException) -> UserError:
+def _failure(step: int, error: BaseException, newest: int | None) -> UserError:
+    """One line for a failed save: the system's reason where there is one in a long message of the storage layer."""
     if isinstance(error, UserError):
-        return UserError(f"checkpoint of step {step} failed: {error}")
-    lines = str(error).strip().splitlines() or [""]
-    return UserError(f"checkpoint of step {step} failed: {type(error).__name__}: {lines[0]}")
+        reason = str(error)
+    else:
+        causes = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO))
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        reason = next((cause for cause in causes if cause in str(error)), f"{type(error).__name__}: {first_line}")
+    kept = "there is no complete step" if newest is None else f"the newest complete step is {newest}"
+    return UserError(f"checkpoint of step {step} failed: {reason}; {kept}")
+
+
+class _AlreadyRaised(logging_module.Filter):
+    """Drops orbax's log records with tracebacks of errors: it raises them too, and they are reported once."""
+
+    def filter(self, record: logging_module.LogRecord) -> bool:
+        return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+_ALREADY_RAISED = _AlreadyRaised()
 
 
 def _json_values(data_state: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm.checkpoint import Checkpoints, verify_step
+
+
+def test_one_process_then_two_then_one(tmp_path):
+    """What one process wrote two read, resharded; what two wrote one reads; failures reach both."""
+    folder = tmp_path / "checkpoints"
+    (tmp_path / "config.json").write_text("{}")
+    kernel = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
+    state = {"params": {"kernel": jnp.asarray(kernel)}, "step": jnp.int32(1), "rng": jax.random.key(1)}
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, state, {"position": 1}, "hash")
+    checkpoints.close()
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = str(pathlib.Path(__file__).with_name("two_processes.py"))
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, port, str(index), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+        )
+        for index in range(2)
+    ]
+    for process in running:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.strip().endswith("fine"), err[-3000:]
+
+    checkpoints = Checkpoints(folder)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    restored, step, data_state = checkpoints.restore(target)
+    checkpoints.close()
+    assert (step, data_state) == (2, {"position": 2})
+    np.testing.assert_array_equal(restored["params"]["kernel"], kernel * 2)
+    assert restored["rng"] == jax.random.key(2)
+    verify_step(folder / "2")

@@ -1,0 +1,112 @@
+"""One of two processes that share a run: `two_processes.py PORT INDEX FOLDER`. Driven by test_processes.py."""
+
+import os
+import sys
+
+port, index, folder = sys.argv[1:]
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
+
+from vlm.checkpoint import Checkpoints, fingerprint, restore_params  # noqa: E402
+from vlm.checkpoint.processes import from_primary  # noqa: E402
+from vlm.errors import UserError  # noqa: E402
+
+fingerprint.HOST_BYTES = 1024  # the kernel takes the way of large arrays, the rest that of small ones
+KERNEL = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
+
+
+def make(step, *axes):
+    """A state on all four devices, the kernel split over `axes`."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+    split, whole = NamedSharding(mesh, P(*axes)), NamedSharding(mesh, P())
+    build = jax.jit(
+        lambda kernel: {"params": {"kernel": kernel * step}, "step": jnp.int32(step), "rng": jax.random.key(step)},
+        out_shardings={"params": {"kernel": split}, "step": whole, "rng": whole},
+    )
+    return build(KERNEL)
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_restored(found, expected, axes):
+    state, step, data_state = found
+    assert step == expected and data_state == {"position": expected}, (step, data_state)
+    wanted = make(expected, *axes)
+    same = jax.jit(lambda a, b: jnp.all(a == b))(state["params"]["kernel"], wanted["params"]["kernel"])
+    assert bool(same) and state["params"]["kernel"].sharding == wanted["params"]["kernel"].sharding
+    assert jax.random.key_data(state["rng"]).tolist() == jax.random.key_data(wanted["rng"]).tolist()
+
+
+checkpoints = Checkpoints(folder)
+# Step 1 was written by one process with one device.
+assert_restored(checkpoints.restore(abstract(make(0, "a", "b"))), 1, ("a", "b"))
+
+for step in (2, 3):
+    checkpoints.save(step, make(step, ("a", "b")), {"position": step}, "hash")
+checkpoints.wait()
+assert checkpoints.steps() == [2, 3], checkpoints.steps()
+assert_restored(checkpoints.restore(abstract(make(0, "b", "a"))), 3, ("b", "a"))
+
+try:
+    checkpoints.restore({"params": {}})
+except UserError as error:
+    assert "unknown to this model and optimizer: params/kernel" in str(error)
+else:
+    raise AssertionError("another structure was accepted")
+
+
+def damage():
+    path = max((checkpoints.directory / "3").glob("ocdbt.process_1/d/*"), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+from_primary(damage)
+assert_restored(checkpoints.restore(abstract(make(0, None, "a"))), 2, (None, "a"))
+
+bad = make(4)
+bad["params"]["kernel"] = jax.jit(lambda x: x.at[3, 3].set(jnp.nan))(bad["params"]["kernel"])
+try:
+    checkpoints.save(4, bad, {}, "hash")
+except UserError as error:
+    assert "NaN or Inf" in str(error)
+else:
+    raise AssertionError("NaN was accepted")
+
+try:
+    checkpoints.save(4, {"local": jnp.zeros(3)}, {}, "hash")
+except UserError as error:
+    assert "one process only" in str(error)
+else:
+    raise AssertionError("a local array was accepted")
+
+if index == "0":  # the next save fails in one process; both must hear of it
+    import vlm.checkpoint.saving as saving
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    saving.write_manifest = full
+checkpoints.save(5, make(5, "a"), {"position": 5}, "hash")
+try:
+    checkpoints.wait()
+except UserError as error:
+    assert ("No space left" if index == "0" else "failed in another process") in str(error), error
+else:
+    raise AssertionError("a failed save went unnoticed")
+assert checkpoints.steps() == [2]
+mesh = Mesh(np.array(jax.devices()).reshape(4), ("a",))
+_, params = restore_params(checkpoints.directory, shardings={"kernel": NamedSharding(mesh, P(None, "a"))})
+expected = jax.jit(lambda a: jnp.all(a == KERNEL * 2))(params["kernel"])
+assert bool(expected)
+checkpoints.close()
+print("fine")

@@ -1,0 +1,146 @@
+"""A tiny training run that can be started and killed cheaply, many times.
+
+Importing jax and orbax takes seconds, a run of a tiny model a fraction of one. So this process imports once, without
+initialising a backend, and forks a child per run; the children are ordinary processes that can be killed. It
+reads one JSON request per line, {"workdir", "kill_after": seconds | null, "die_at": point | null, "file_limit":
+bytes | null}, and answers with {"status": exit status or -signal, "seconds"}.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm.checkpoint import Checkpoints, saving, steps
+from vlm.errors import exit_on_user_error
+
+STEPS, EVERY = 16, 2
+
+
+def loss(params, batch, key):
+    hidden = jnp.tanh(batch @ params["up"]) * jax.random.bernoulli(key, 0.9, (64,))
+    return jnp.mean((hidden @ params["down"] - batch) ** 2)
+
+
+def train_step(state, batch):
+    """Momentum and dropout: one step forgotten, repeated or with another mask changes every later value."""
+    key = jax.random.fold_in(jax.random.key(1), state["step"])
+    grads = jax.grad(loss)(state["params"], batch, key)
+    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state["opt_state"], grads)
+    params = jax.tree.map(lambda p, m: p - 0.1 * m, state["params"], momentum)
+    return {"params": params, "opt_state": momentum, "step": state["step"] + 1}
+
+
+def initial_state():
+    """Made by NumPy: compiling initialisers would take longer than the run."""
+    random = np.random.default_rng(0)
+    params = {name: random.standard_normal(shape) / 8 for name, shape in (("up", (8, 64)), ("down", (64, 8)))}
+    params = jax.tree.map(np.float32, params)
+    return jax.device_put({"params": params, "opt_state": jax.tree.map(np.zeros_like, params), "step": np.int32(0)})
+
+
+def run(workdir: pathlib.Path, file_limit: int | None) -> None:
+    """Trains to the end from wherever the workdir is; notes in its log what was durable when."""
+    workdir.mkdir(exist_ok=True)
+    log = (workdir / "log").open("a", buffering=1)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
+    state, start, position = initial_state(), 0, 0
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    if (found := checkpoints.restore(shapes)) is not None:
+        state, start, data_state = found
+        position = data_state["position"]
+    log.write(f"start {start}\n")
+    step_function = jax.jit(train_step, donate_argnums=0)
+    for step in range(start + 1, STEPS + 1):
+        batch = np.random.default_rng(position).standard_normal((4, 8)).astype(np.float32)
+        position += 4
+        state = step_function(state, batch)
+        if step % EVERY == 0:
+            checkpoints.save(step, state, {"position": position}, "hash")
+            log.write(f"durable {step - EVERY if step - EVERY > start else start}\n")
+        if step == 6 and file_limit:
+            checkpoints.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    checkpoints.close()
+    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state["params"])))
+    (workdir / "final").write_text(digest.hexdigest())
+
+
+def die_at(point: str) -> None:
+    """Arranges for the process to be killed at one moment of its fourth save."""
+    calls = {"count": 0}
+
+    def kill(module, name, before):
+        honest = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            calls["count"] += 1
+            fatal = calls["count"] == 4
+            if fatal and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = honest(*args, **kwargs)
+            if fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(module, name, wrapped)
+
+    where = {
+        "blocking": (saving.ocp.AsyncCheckpointer, "save", False),
+        "orbax_done": (saving, "_digests", True),
+        "manifest": (saving, "write_manifest", False),
+        "renamed": (saving.steps, "commit", False),
+        "deletion": (steps.shutil, "rmtree", True),
+        "deleted": (steps.shutil, "rmtree", False),
+    }
+    kill(*where[point])
+
+
+def child(request: dict) -> None:
+    if request.get("die_at"):
+        die_at(request["die_at"])
+    with exit_on_user_error():
+        run(pathlib.Path(request["workdir"]), request.get("file_limit"))
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        started = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # jax warns of forks; its threads do not exist yet
+            pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                child(request)
+                status = 0
+            except SystemExit as end:
+                status = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        ended = os.pidfd_open(pid)
+        if not select.select([ended], [], [], request.get("kill_after"))[0]:
+            os.kill(pid, signal.SIGKILL)
+        os.close(ended)
+        _, code = os.waitpid(pid, 0)
+        answer = {"status": os.waitstatus_to_exitcode(code), "seconds": time.monotonic() - started}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
