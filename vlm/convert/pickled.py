@@ -18,7 +18,7 @@ import numpy as np
 
 from vlm.errors import UserError
 
-MAX_OPCODES = 1_000_000
+MAX_OPCODES = 500_000
 MAX_STRING = 64 * 2**20
 MAX_LINE = 4096
 

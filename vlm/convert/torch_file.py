@@ -22,7 +22,7 @@ from vlm.errors import UserError
 from vlm.tree import listing
 
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C
-_STREAM_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_STREAM_START = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number as a pickle of any protocol
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 _NAMES = (
     "model.safetensors",
@@ -58,7 +58,7 @@ def open_tensors(path: str | Path) -> dict[str, TensorView]:
         raise UserError(f"{path}: {error.strerror}") from None
     if start.startswith(b"PK\x03\x04"):
         return _open_torch(path, _read_zip)
-    if start.startswith(_STREAM_START):
+    if _STREAM_START in start[:32]:
         return _open_torch(path, _read_stream)
     if start[8:9] == b"{":
         return open_safetensors(path)

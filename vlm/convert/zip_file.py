@@ -72,7 +72,9 @@ def _directory(view: memoryview) -> tuple[int, int]:
     if end < 0:
         raise _Damaged("damaged or truncated zip archive")
     end += len(view) - len(tail)
-    count, _, offset = struct.unpack_from("<HII", view, end + 10)
+    count, _, offset, n_comment = struct.unpack_from("<HIIH", view, end + 10)
+    if end + 22 + n_comment != len(view):
+        raise _Damaged("damaged or truncated zip archive")
     if end >= 20 and bytes(view[end - 20 : end - 16]) == b"PK\x06\x07":  # zip64 locator
         (record,) = struct.unpack_from("<Q", view, end - 12)
         if bytes(view[record : record + 4]) != b"PK\x06\x06":
