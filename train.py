@@ -124,13 +124,16 @@ def begin(
     settings: Config, init: Any, placements: Any, mesh: Any, checkpoints: Any, fingerprint: str, allow_change: bool
 ) -> Any:
     """The state to go on with."""
-    from vlm.experiment import starting_weights
+    from vlm.initial import starting_weights, still_random
     from vlm.sharding import abstract
     from vlm.training import init_state
 
     found = checkpoints.restore(abstract(placements, mesh))
     if found is None:
-        return init_state(init, placements, mesh, settings.train.seed, starting_weights(settings))
+        start = starting_weights(settings.init, placements, mesh)
+        if start and (random := still_random(start, placements)):
+            print(f"not in the starting weights, so random: {random}", file=sys.stderr)
+        return init_state(init, placements, mesh, settings.train.seed, start)
     state, step, position = found
     if position.get("fingerprint") != fingerprint and not allow_change:
         raise UserError(f"the data differ from those up to step {step} (--allow_config_change to go on with them)")

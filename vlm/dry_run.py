@@ -14,11 +14,11 @@ from vlm import sharding
 from vlm.config import to_json
 from vlm.data.source import open_sources
 from vlm.errors import UserError
-from vlm.experiment import experiment, make_processor
-from vlm.family import Family
+from vlm.experiment import Experiment, experiment, make_processor
 from vlm.optimizer import Optimizer
 from vlm.schema import Config, MeshConfig
 from vlm.sharding import Placement
+from vlm.strict import build
 
 
 def describe(settings: Config, config: Any) -> str:
@@ -37,7 +37,7 @@ def describe(settings: Config, config: Any) -> str:
         ("parameters", _parameters(state.params, parts.optimizer)),
         ("memory per device", _memory(state, sizes)),
         ("replicated although a rule would split them", _replicated(state)),
-        ("one batch", _batch(settings, parts.family)),
+        ("one batch", _batch(settings, parts)),
     ]
     return "\n".join(f"== {title}\n{text}\n" for title, text in sections)
 
@@ -97,19 +97,24 @@ def _replicated(state: Any) -> str:
     return "\n".join(f"{p.path.split('/', 1)[1]}: {p.replicated}" for p in weights) or "none"
 
 
-def _batch(settings: Config, family: Family) -> str:
-    """One example through the processor, or why that is not possible here."""
+def _batch(settings: Config, parts: Experiment) -> str:
+    """One example through the processor; where its data are not here, what the architecture takes."""
+    note = ""
     try:
-        processor = make_processor(settings, family)
+        processor = make_processor(settings, parts.family)
         sources, _ = open_sources(settings.data.sources)
-        example = processor.example(sources[0][0], np.random.default_rng(0), True)
+        arrays: Mapping[str, Any] = processor.example(sources[0][0], np.random.default_rng(0), True)
+        shapes = {name: (np.shape(value), np.asarray(value).dtype) for name, value in arrays.items()}
     except (UserError, OSError) as error:
-        return f"not available here: {error}"
-    rows = []
-    for name, value in sorted(example.items()):
-        array = np.asarray(value)
-        rows.append((name, "x".join(map(str, (settings.data.batch_size, *array.shape))), str(array.dtype)))
-    return table(("array", "shape", "dtype"), rows)
+        note = f"\nthe model's inputs; an example of the data is not available here: {error}"
+        processor_settings = build(parts.family.processor_type, settings.processor, "processor")
+        length = getattr(processor_settings, "max_length", "L")
+        inputs = parts.family.example(parts.model_config).items()
+        cut = {name: (length,) if name in ("tokens", "mask") else x.shape[1:] for name, x in inputs}
+        shapes = {name: (cut[name], x.dtype) for name, x in inputs}
+    batch = settings.data.batch_size
+    rows = [(name, "x".join(map(str, (batch, *shape))), str(dtype)) for name, (shape, dtype) in sorted(shapes.items())]
+    return table(("array", "shape", "dtype"), rows) + note
 
 
 def size(count: int) -> str:

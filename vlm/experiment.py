@@ -20,7 +20,6 @@ from vlm import flops, metrics
 from vlm.data.batch import LoaderSettings
 from vlm.data.loader import Loader
 from vlm.data.source import open_sources
-from vlm.errors import UserError
 from vlm.family import Family
 from vlm.models import get_family
 from vlm.optimizer import Optimizer, make_optimizer
@@ -73,16 +72,13 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
     return Experiment(family, model_config, model, loss_config, loss, optimizer, init)
 
 
-def starting_weights(settings: Config) -> dict[str, Any]:
-    """Lazy starting values by state path, from the checkpoints in `config.init`; {}: everything starts random."""
-    if settings.init:
-        raise UserError("config.init: not supported yet")
-    return {}
-
-
 def make_processor(settings: Config, family: Family) -> Any:
-    """The family's processor for `config.processor`, with `data.augment` for training examples."""
-    return family.processor.from_config(settings.processor, settings.data.augment)
+    """The family's processor as `config.processor` describes it.
+
+    Raises:
+      UserError: an unknown setting, a tokenizer that is not there.
+    """
+    return family.processor.from_config(build(family.processor_type, settings.processor, "processor"))
 
 
 def make_loader(settings: Config, processor: Any, split: NamedSharding, ledger: str | os.PathLike | None) -> Loader:

@@ -41,7 +41,9 @@ class Family:
       loss: the objective.
       init_extra: (loss settings, rng) -> extra state at step 0, a traceable function; {} where there is none.
       example: (architecture) -> one abstract batch of size 1 that reaches every parameter: the arguments of `init`.
-      processor: the class that turns images and texts into batches and has `load(dir)`, `save(dir)`.
+      processor_type: frozen dataclass of the processor's settings; `config.processor` is built into it.
+      processor: the class that turns images and texts into batches and has `from_config(settings)`, `load(dir)`,
+        `save(dir)`, and `example(raw, rng, train)` for one training example.
       weights: the module with the family's tables for foreign checkpoints.
     """
 
@@ -52,5 +54,6 @@ class Family:
     loss: Loss
     init_extra: Callable[[Any, jax.Array], Extra]
     example: Callable[[Any], dict[str, Any]]
+    processor_type: type
     processor: Any
     weights: Any

@@ -35,6 +35,7 @@ class MetricsWriter:
         wandb: str | None = None,
         config: Mapping[str, Any] | None = None,
     ):
+        self._wandb = _start_wandb(wandb, workdir, config) if wandb else None
         path = workdir / METRICS
         _drop_after(path, start_step)
         self._file = path.open("a", encoding="utf-8")
@@ -43,7 +44,6 @@ class MetricsWriter:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
-        self._wandb = _start_wandb(wandb, workdir, config) if wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of one step; the line is on disk when this returns."""
@@ -102,7 +102,7 @@ class Rates:
     examples: int
     flops: float
     peak: float | None
-    _began: float = dataclasses.field(default_factory=time.monotonic)
+    _began: float = dataclasses.field(default_factory=lambda: time.monotonic())
     _steps: int = 0
     _tokens: float = 0.0
     _waited: float = 0.0
@@ -138,14 +138,16 @@ class Rates:
 class Progress:
     """A bar on a terminal, otherwise one plain line per report."""
 
-    def __init__(self, steps: int, start: int = 0, stream: TextIO | None = None, enabled: bool = True):
+    def __init__(
+        self, steps: int, start: int = 0, stream: TextIO | None = None, enabled: bool = True, unit: str = "step"
+    ):
         self._steps, self._start, self._began = steps, start, time.monotonic()
         self._stream = sys.stderr if stream is None else stream
-        self._enabled, self._bar = enabled, None
+        self._enabled, self._bar, self._unit = enabled, None, unit
         if enabled and self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=steps, initial=start, file=self._stream, dynamic_ncols=True, unit="step")
+            self._bar = tqdm(total=steps, initial=start, file=self._stream, dynamic_ncols=True, unit=unit)
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step` finished steps."""
@@ -158,7 +160,7 @@ class Progress:
             self._bar.set_postfix_str(" | ".join(_parts(values)))
         elif self._enabled:
             seconds = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._steps - step)
-            self.say(" | ".join([f"step {step}/{self._steps}", *_parts(values), f"eta {duration(seconds)}"]))
+            self.say(" | ".join([f"{self._unit} {step}/{self._steps}", *_parts(values), f"eta {duration(seconds)}"]))
 
     def say(self, line: str) -> None:
         """Prints a line without breaking the bar."""

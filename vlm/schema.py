@@ -8,9 +8,9 @@ on the command line as `--config.section.key=value`. Sequences are tuples, never
     model          architecture, the fields of the family's config type. `dtype` and `remat` of a tower follow
                    `precision.compute` and `remat` unless the section sets them itself
     loss           the fields of the family's loss settings
-    data           sources ({kind, path, split, weight, …} each), global batch size, augmentation   → DataConfig
-    processor      tokenizer and image settings: raw examples to arrays
-    init           starting weights: a tuple of {path, …}, each naming a checkpoint; empty: from random
+    data           sources ({kind, path, split, weight, …} each), global batch size                 → DataConfig
+    processor      tokenizer, image settings, augmentation: the fields of the family's processor settings
+    init           starting weights: a tuple of {path, into, include}; empty: from random           → InitConfig
     optimizer      rule, learning rate and schedule, groups of parameters, clipping, EMA            → OptimizerConfig
     sharding       mesh sizes and which mesh axis each logical axis is split over                   → ShardingConfig
     precision      dtype of the computation and of frozen weights                                   → PrecisionConfig
@@ -50,7 +50,7 @@ class DataConfig:
     Attributes:
       sources: one mapping per source, with a relative `weight`; the mixture draws by weight.
       batch_size: examples per step over all devices and hosts.
-      seed: orders the examples and seeds augmentation, independently of `train.seed`.
+      seed: orders the examples and draws their augmentation, independently of `train.seed`.
       num_workers: threads per host that decode examples; 0: in the calling thread.
       prefetch: batches prepared ahead.
       max_skip_fraction: the run stops when more than this share of the records had to be replaced.
@@ -61,13 +61,27 @@ class DataConfig:
     seed: int = 0
     num_workers: int = 2
     prefetch: int = 2
-    augment: Section = field(default_factory=dict)
     max_skip_fraction: float = 0.001
 
     def __post_init__(self) -> None:
         _at_least(1, self, "batch_size")
         _at_least(0, self, "num_workers", "prefetch")
         _share(self, "max_skip_fraction")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Weights to start from. Paths that no entry fills start random and are listed; a later entry wins.
+
+    Attributes:
+      path: any checkpoint that `vlm.load` reads.
+      into: where they go in the train state: "params", a subtree such as "params/vision", or "extra/teacher".
+      include: regular expression of the checkpoint's parameter paths to take; each must exist in the target.
+    """
+
+    path: str
+    into: str = "params"
+    include: str = ".*"
 
 
 @dataclass(frozen=True)
@@ -236,7 +250,7 @@ class Config:
     loss: Section = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     processor: Section = field(default_factory=dict)
-    init: tuple[Section, ...] = ()
+    init: tuple[InitConfig, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vlm.convert.views import TensorView
 from vlm.errors import UserError, did_you_mean
 from vlm.layers.linear import constrain
 from vlm.optimizer import Optimizer, merge, update_ema
@@ -92,15 +93,19 @@ class StateInit:
 
 
 def init_state(
-    init: StateInit, placements: Any, mesh: jax.sharding.Mesh, seed: int, start: Mapping[str, Any] | None = None
+    init: StateInit,
+    placements: Any,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    start: Mapping[str, TensorView | jax.Array] | None = None,
 ) -> TrainState:
     """Creates the state on the mesh; no device ever holds more than its own shards.
 
     Args:
       placements: `sharding.place(init.abstract(), …)`.
-      start: starting values by path ("params/vision/…", "extra/teacher/…"), each with `shape` and slices
-        (`leaf[index] -> np.ndarray`: a NumPy array, a memory map, a lazily converted tensor). Every device reads only
-        its slices. Paths that are missing here start random; random values that are replaced are never computed.
+      start: starting values by path ("params/vision/…", "extra/teacher/…"): lazy arrays, of which every device reads
+        only its slices, or arrays on the mesh. Paths that are missing here start random; random values that are
+        replaced are never computed.
 
     Raises:
       UserError: a starting value with an unknown path or another shape.
@@ -118,15 +123,19 @@ def init_state(
     return jax.jit(init.finish, out_shardings=shardings, donate_argnums=0)(begun)
 
 
-def _put(path: str, leaf: Any, targets: Mapping[str, Placement], mesh: jax.sharding.Mesh) -> jax.Array:
+def _put(
+    path: str, leaf: TensorView | jax.Array, targets: Mapping[str, Placement], mesh: jax.sharding.Mesh
+) -> jax.Array:
     if path not in targets:
         raise UserError(f"starting weights: the model has no {path!r}{did_you_mean(path, targets)}")
     target = targets[path]
     if tuple(leaf.shape) != target.shape:
         raise UserError(f"starting weights: {path} has shape {tuple(leaf.shape)}, the model needs {target.shape}")
     sharding = NamedSharding(mesh, target.spec)
+    if isinstance(leaf, jax.Array):
+        return jax.device_put(leaf.astype(target.dtype), sharding)
     return jax.make_array_from_callback(
-        target.shape, sharding, lambda index: np.asarray(leaf[index]).astype(target.dtype)
+        target.shape, sharding, lambda index: np.array(leaf.read(index or ()), target.dtype, order="C")
     )
 
 

@@ -45,13 +45,20 @@ def loss(model, params, extra, batch, rng, config):
     return value, ({"contrastive": value}, {"seen": extra["seen"] + 1})
 
 
+@dataclasses.dataclass(frozen=True)
+class ToySettings:
+    size: int = 4
+    poison: int = -1
+    max_length: int = 4
+
+
 class ToyProcessor:
     def __init__(self, size, poison):
         self.size, self.poison = size, poison
 
     @classmethod
-    def from_config(cls, section, augment):
-        return cls(section["size"], section.get("poison", -1))
+    def from_config(cls, settings):
+        return cls(settings.size, settings.poison)
 
     def example(self, example, rng, train):
         text = np.frombuffer(example["text"].encode()[:4].ljust(4), np.uint8).astype(np.int32)
@@ -77,6 +84,7 @@ FAMILY = Family(
         "tokens": jax.ShapeDtypeStruct((1, 4), jnp.int32),
         "mask": jax.ShapeDtypeStruct((1, 4), jnp.bool_),
     },
+    processor_type=ToySettings,
     processor=ToyProcessor,
     weights=None,
 )

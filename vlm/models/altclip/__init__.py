@@ -10,7 +10,7 @@ from vlm.family import Family
 from vlm.models.altclip import weights
 from vlm.models.altclip.loss import LossConfig, init_extra, loss
 from vlm.models.altclip.model import AltCLIP, AltCLIPConfig
-from vlm.models.altclip.processor import Processor
+from vlm.models.altclip.processor import Processor, ProcessorConfig
 
 
 def example(config: AltCLIPConfig) -> dict[str, Any]:
@@ -33,6 +33,7 @@ FAMILY = Family(
     loss=loss,
     init_extra=init_extra,
     example=example,
+    processor_type=ProcessorConfig,
     processor=Processor,
     weights=weights,
 )

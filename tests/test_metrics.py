@@ -1,0 +1,130 @@
+"""Files, rates and progress of a run, with made-up numbers and clocks."""
+
+import io
+import json
+import math
+
+import pytest
+from tensorboardX import proto
+
+from vlm import metrics
+from vlm.errors import UserError
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / metrics.METRICS).read_text().splitlines()]
+
+
+def test_jsonl_is_valid_and_restarts_drop_what_will_run_again(tmp_path):
+    writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
+    for step in (2, 4, 6):
+        writer.write(step, {"loss": math.nan if step == 4 else step / 2})
+    assert lines(tmp_path)[-1]["loss"] == 3.0 and lines(tmp_path)[1]["loss"] is None  # on disk before close
+    writer.close()
+    with (tmp_path / metrics.METRICS).open("a") as file:
+        file.write('{"step": 8, "lo')  # killed while writing
+    writer = metrics.MetricsWriter(tmp_path, start_step=4, tensorboard=False)
+    writer.write(6, {"loss": 9.0})
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 1.0), (4, None), (6, 9.0)]
+
+
+def test_tensorboard_events(tmp_path):
+    writer = metrics.MetricsWriter(tmp_path)
+    writer.write(3, {"loss": 1.5, "bad": math.inf})
+    writer.close()
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    data, values = path.read_bytes(), {}
+    while data:  # length, crc, payload, crc
+        length = int.from_bytes(data[:8], "little")
+        event = proto.event_pb2.Event.FromString(data[12 : 12 + length])
+        values |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        data = data[16 + length :]
+    assert values == {"loss": (3, 1.5)}
+
+
+def test_wandb_without_the_extra(tmp_path):
+    with pytest.raises(UserError, match=r"pip install 'vlm\[wandb\]'"):
+        metrics.MetricsWriter(tmp_path, tensorboard=False, wandb="project")
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(metrics.time, "monotonic", lambda: self.now)
+
+
+def test_rates(monkeypatch):
+    clock = Clock(monkeypatch)
+    rates = metrics.Rates(examples=32, flops=5e12, peak=20e12)
+    for _ in range(4):
+        rates.step(tokens=100, waited=0.25)
+    clock.now += 10
+    rates.pause(8)
+    values = rates.report()
+    assert values == {
+        "steps_per_second": 2.0,
+        "examples_per_second": 64.0,
+        "tokens_per_second": 200.0,
+        "data_wait_share": 0.5,
+        "model_tflops_per_second": 10.0,
+        "mfu": 0.5,
+    }
+    clock.now += 1
+    assert rates.report()["steps_per_second"] == 0
+    assert "mfu" not in metrics.Rates(1, 1.0, None).report()
+
+
+def test_progress_lines(monkeypatch):
+    clock, stream = Clock(monkeypatch), io.StringIO()
+    progress = metrics.Progress(100, start=20, stream=stream)
+    clock.now += 50
+    progress.report(30, {"loss": 2.3456, "examples_per_second": 870.0, "data_wait_share": 0.02, "mfu": 0.41})
+    assert stream.getvalue() == ("step 30/100 | loss 2.346 | 870 examples/s | mfu 41.0% | data wait 2% | eta 5m50s\n")
+    silent = metrics.Progress(10, stream=stream, enabled=False)
+    silent.say("nothing")
+    assert "nothing" not in stream.getvalue()
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    progress = metrics.Progress(10, stream=stream)
+    progress.advance(4)
+    progress.report(4, {"loss": 1.0})
+    progress.close()
+    assert "4/10" in stream.getvalue() and "loss 1" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59, "59s"), (245, "4m05s"), (14340, "3h59m")])
+def test_duration(seconds, text):
+    assert metrics.duration(seconds) == text
+
+
+class Scalar(float):
+    """A device scalar that remembers when it was read."""
+
+    read = ()
+
+    def __int__(self):
+        Scalar.read += (float(self),)
+        return int(float(self))
+
+
+def test_metrics_are_read_late_and_in_order(tmp_path):
+    writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
+    progress = metrics.Progress(9, stream=io.StringIO())
+    report = metrics.Report(metrics.Rates(1, 1.0, None), progress, writer, log_every=2, max_bad_steps=3)
+    Scalar.read = ()
+    for step in range(1, 6):
+        report.dispatched(step, {"bad_steps_in_a_row": Scalar(step / 10), "loss": step}, 0, 0)
+        assert len(Scalar.read) == max(0, step - report.LAG)
+    with report.paused():
+        assert Scalar.read == (0.1, 0.2, 0.3, 0.4, 0.5)
+    report.evaluated(5, {"accuracy": 0.5})
+    assert [line.get("loss") for line in lines(tmp_path)] == [2, 4, None]
+    assert lines(tmp_path)[-1]["eval/accuracy"] == 0.5
+    with pytest.raises(metrics.Diverged, match="3 steps in a row, up to step 8"):
+        for step in range(6, 12):
+            report.dispatched(step, {"bad_steps_in_a_row": step - 5}, 0, 0)
+    writer.close()
