@@ -269,9 +269,9 @@ def test_decoding_and_resizing_is_not_slower_than_plain_pil(shared_data):
 
     settings = ImageSettings(224, None)
     times = {"plain": [], "ours": []}
-    for _ in range(9):
+    for _ in range(15):
         for name, function in (("plain", plain), ("ours", lambda: process(decode(data), settings, normalise=False))):
-            start = time.perf_counter()
+            start = time.thread_time()  # processor time: other jobs on the machine count little
             function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.thread_time() - start)
     assert min(times["ours"]) < 1.2 * min(times["plain"])

@@ -56,12 +56,12 @@ def test_a_text_file_that_is_no_vocabulary_is_refused(tmp_path):
 
 
 def test_speed(models, goldens):
-    """5,000 lines per second leaves room for a busy machine: alone it is several times that."""
+    """5,000 lines per second is a fifth of what it does alone; processor time, because the machine may be busy."""
     tokenizer = load(models / "bert_base_uncased_vocab.txt")
     lines = goldens["lines"]
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.thread_time()
         tokenizer(lines, max_length=77)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
     assert len(lines) / min(seconds) >= 5000
