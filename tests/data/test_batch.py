@@ -1,7 +1,10 @@
+import itertools
+
 import numpy as np
 import pytest
 
-from vlm.data.batch import LoaderSettings, Row, collate
+from vlm.data.batch import BatchBuilder, LoaderSettings, Row
+from vlm.data.ledger import Skip
 from vlm.errors import UserError
 
 
@@ -9,11 +12,21 @@ def row(name, **arrays):
     return Row(f"example {name!r} (source s, sample 1)", {k: np.asarray(v) for k, v in arrays.items()}, ())
 
 
-def test_collate_stacks():
-    batch = collate([row("a", x=[1, 2], y=3.0), row("b", x=[3, 4], y=5.0)])
-    assert batch["x"].tolist() == [[1, 2], [3, 4]] and batch["y"].tolist() == [3.0, 5.0]
+def build(*rows, order=None):
+    builder = BatchBuilder(len(rows))
+    last = [builder.put(number, rows[number]) for number in order or range(len(rows))]
+    assert last == [False] * (len(rows) - 1) + [True]
+    return builder
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_rows_stack_in_any_order_of_arrival(order):
+    batch = build(row("a", x=[1, 2], y=3.0), row("b", x=[3, 4], y=5.0), row("c", x=[5, 6], y=7.0), order=order).finish()
+    assert batch["x"].tolist() == [[1, 2], [3, 4], [5, 6]] and batch["y"].tolist() == [3.0, 5.0, 7.0]
+    assert batch["x"].dtype == np.int64 and batch["y"].shape == (3,)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize(
     "arrays, message",
     [
@@ -22,9 +35,15 @@ def test_collate_stacks():
         ({"x": [1, 2]}, "has fields \\['x'\\], others have \\['x', 'y'\\]"),
     ],
 )
-def test_rows_that_do_not_fit_are_named(arrays, message):
+def test_the_odd_row_is_named_whichever_came_first(arrays, message, order):
+    builder = build(row("a", x=[1, 2], y=1.0), row("b", **arrays), row("c", x=[1, 2], y=1.0), order=order)
     with pytest.raises(UserError, match=f"^example 'b' \\(source s, sample 1\\): {message}"):
-        collate([row("a", x=[1, 2], y=1.0), row("b", **arrays)])
+        builder.finish()
+
+
+def test_skips_stay_with_their_row():
+    skip = Skip("s", 4, "k", "broken", "")
+    assert build(row("a", x=1), Row("b", {"x": np.int64(2)}, (skip,)), order=[1, 0]).skips() == [(), (skip,)]
 
 
 @pytest.mark.parametrize(

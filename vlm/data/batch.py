@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import threading
 
 import numpy as np
 
@@ -71,20 +71,68 @@ class Row:
     skips: tuple[Skip, ...]
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """Stacks rows; every row must have the first one's fields, shapes and dtypes.
+class BatchBuilder:
+    """A batch under construction: rows are copied into place as they are finished, from any thread.
 
-    Raises:
-        UserError: a row differs; the line names the example and the field.
+    Rows must have the same fields, shapes and dtypes. Rows that do not fit are kept until all are in, so that the
+    error names the odd one out and not whichever thread came second.
     """
-    first = rows[0].arrays
-    for row in rows[1:]:
-        if row.arrays.keys() != first.keys():
-            raise UserError(f"{row.label}: has fields {sorted(row.arrays)}, others have {sorted(first)}")
-        for name, value in row.arrays.items():
-            if value.shape != first[name].shape or value.dtype != first[name].dtype:
-                raise UserError(
-                    f"{row.label}: {name!r} is {value.dtype}{list(value.shape)}, "
-                    f"others are {first[name].dtype}{list(first[name].shape)}"
-                )
-    return {name: np.stack([row.arrays[name] for row in rows]) for name in first}
+
+    def __init__(self, count: int):
+        self._count, self._missing = count, count
+        self._lock = threading.Lock()
+        self._batch: Batch | None = None
+        self._labels: dict[int, str] = {}
+        self._odd: dict[int, Row] = {}
+        self._skips: dict[int, tuple[Skip, ...]] = {}
+
+    def put(self, number: int, row: Row) -> bool:
+        """Copies row `number` into place; returns whether it was the last one missing."""
+        with self._lock:
+            if self._batch is None:
+                self._batch = {k: np.empty((self._count, *v.shape), v.dtype) for k, v in row.arrays.items()}
+            batch = self._batch
+        if _difference(row, batch):
+            self._odd[number] = row
+        else:
+            for name, value in row.arrays.items():
+                batch[name][number] = value
+            self._labels[number] = row.label
+        with self._lock:
+            if row.skips:
+                self._skips[number] = row.skips
+            self._missing -= 1
+            return not self._missing
+
+    def skips(self) -> list[tuple[Skip, ...]]:
+        """Returns what was skipped on the way to each row."""
+        return [self._skips.get(number, ()) for number in range(self._count)]
+
+    def finish(self) -> Batch:
+        """Returns the batch of all rows.
+
+        Raises:
+            UserError: a row differs from most others; the line names the example and the field.
+        """
+        assert self._batch is not None and not self._missing
+        if not self._odd:
+            return self._batch
+        first = min(self._odd)
+        if len(self._odd) <= len(self._labels):
+            raise UserError(f"{self._odd[first].label}: {_difference(self._odd[first], self._batch)}")
+        # The row that came first is in the minority: describe it against one of the others.
+        number = min(self._labels)
+        usual = {name: value[None] for name, value in self._odd[first].arrays.items()}
+        arrays = {name: value[number] for name, value in self._batch.items()}
+        raise UserError(f"{self._labels[number]}: {_difference(Row('', arrays, ()), usual)}")
+
+
+def _difference(row: Row, batch: Batch) -> str:
+    """Says how a row differs from the rows of a batch; empty when it fits."""
+    if row.arrays.keys() != batch.keys():
+        return f"has fields {sorted(row.arrays)}, others have {sorted(batch)}"
+    for name, value in row.arrays.items():
+        usual = batch[name]
+        if value.shape != usual.shape[1:] or value.dtype != usual.dtype:
+            return f"{name!r} is {value.dtype}{list(value.shape)}, others are {usual.dtype}{list(usual.shape[1:])}"
+    return ""

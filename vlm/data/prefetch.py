@@ -10,8 +10,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from vlm.data.batch import Batch, LoaderSettings, Row, collate
-from vlm.data.ledger import SkipLedger
+from vlm.data.batch import Batch, BatchBuilder, LoaderSettings, Row
+from vlm.data.ledger import Skip, SkipLedger
 from vlm.errors import UserError
 
 
@@ -68,21 +68,22 @@ class Batches:
             raise StopIteration
         began = time.monotonic()
         try:
-            batch, rows = self._pool.take() if self._pool else _make(self._loader, self.step)
+            builder = self._pool.take() if self._pool else _make(self._loader, self.step)
             self.wait_seconds += time.monotonic() - began
-            self._account(rows)
+            self._account(builder.skips())
+            batch = builder.finish()
         except BaseException:
             self.close()
             raise
         self.step += 1
         return batch
 
-    def _account(self, rows: list[Row]) -> None:
+    def _account(self, skips: list[tuple[Skip, ...]]) -> None:
         """Ledger and limit follow the stream's order, so that they do not depend on how threads were scheduled."""
         settings = self._loader.settings
-        for row in rows:
+        for row in skips:
             self.draws += 1
-            for skip in row.skips:
+            for skip in row:
                 self.skipped += 1
                 self._loader.ledger.add(skip)
                 limit = settings.max_skip_fraction * max(self.draws, settings.skip_window)
@@ -105,13 +106,16 @@ class Batches:
         self.close()
 
 
-def _make(loader: Plan, step: int) -> tuple[Batch, list[Row]]:
-    rows = [loader.load_row(*draw) for draw in loader.draws(step)]
-    return collate(rows), rows
+def _make(loader: Plan, step: int) -> BatchBuilder:
+    draws = loader.draws(step)
+    builder = BatchBuilder(len(draws))
+    for number, draw in enumerate(draws):
+        builder.put(number, loader.load_row(*draw))
+    return builder
 
 
 class _Pool:
-    """Threads that take rows of the next batches one by one; the last row's thread stacks the batch."""
+    """Threads that take rows of the next batches one by one and put them into place."""
 
     def __init__(self, loader: Plan, start_step: int):
         self.closed = False
@@ -119,9 +123,8 @@ class _Pool:
         self._condition = threading.Condition()
         self._opened = start_step  # first step whose rows are not yet handed out
         self._todo: list[tuple[int, int, tuple[int, int, int, int, bool]]] = []  # rows of the opened steps, last first
-        self._rows: dict[int, list[Row | None]] = {}
-        self._missing: dict[int, int] = {}
-        self._ready: dict[int, tuple[Batch, list[Row]]] = {}
+        self._building: dict[int, BatchBuilder] = {}
+        self._ready: dict[int, BatchBuilder] = {}
         self._error: BaseException | None = None
         self._threads = [
             threading.Thread(target=self._work, name=f"loader-{i}", daemon=True)
@@ -130,7 +133,7 @@ class _Pool:
         for thread in self._threads:
             thread.start()
 
-    def take(self) -> tuple[Batch, list[Row]]:
+    def take(self) -> BatchBuilder:
         """Returns the next batch; watches over the wait."""
         settings, began, warned = self._loader.settings, time.monotonic(), False
         with self._condition:
@@ -174,8 +177,7 @@ class _Pool:
                 ahead = self._opened < self._next + self._loader.settings.prefetch
                 if ahead and (steps is None or self._opened < steps):
                     draws = self._loader.draws(self._opened)
-                    self._rows[self._opened] = [None] * len(draws)
-                    self._missing[self._opened] = len(draws)
+                    self._building[self._opened] = BatchBuilder(len(draws))
                     self._todo = [(self._opened, i, draw) for i, draw in reversed(list(enumerate(draws)))]
                     self._opened += 1
                 else:
@@ -186,28 +188,15 @@ class _Pool:
         try:
             while (claimed := self._claim()) is not None:
                 step, number, draw = claimed
-                self._finish(step, number, self._loader.load_row(*draw))
+                builder = self._building[step]
+                if builder.put(number, self._loader.load_row(*draw)):
+                    with self._condition:
+                        self._ready[step] = self._building.pop(step)
+                        self._condition.notify_all()
         except BaseException as error:  # also SystemExit: a thread that is gone must not look like a slow one
             with self._condition:
                 self._error = self._error or error
                 self._condition.notify_all()
-
-    def _finish(self, step: int, number: int, row: Row) -> None:
-        with self._condition:
-            if self.closed:
-                return
-            self._rows[step][number] = row
-            self._missing[step] -= 1
-            if self._missing[step]:
-                return
-            rows: list[Any] = self._rows.pop(step)
-            del self._missing[step]
-        batch = collate(rows)
-        # The arrays now live in the batch; the rows go on as labels and skips.
-        rows = [type(row)(row.label, {}, row.skips) for row in rows]
-        with self._condition:
-            self._ready[step] = (batch, rows)
-            self._condition.notify_all()
 
 
 def _dump_stacks(waited: float, step: int) -> None:
