@@ -1,0 +1,133 @@
+"""What every evaluator is: settings checked and data opened first, then one call that returns a result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from vlm.data.source import Source, Subset, open_source
+from vlm.errors import UserError, did_you_mean
+from vlm.evaluation.bootstrap import Statistic, intervals
+from vlm.evaluation.embed import Advance, Embedder, Note
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What an evaluator found.
+
+    Attributes:
+      metrics: numbers by name. intervals: 95 % bootstrap confidence interval of some of them.
+      n: examples that count; unreadable: examples of the data that could not be read and do not count.
+      details: what the numbers depend on (data and template fingerprints, language, …), for the JSON result.
+      examples: one JSON object per example, for the JSONL file.
+      page: what the HTML page shows beside the examples, see `vlm.evaluation.page`.
+    """
+
+    kind: str
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    n: int
+    unreadable: int
+    details: dict[str, Any]
+    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    page: dict[str, Any] = dataclasses.field(default_factory=dict)
+    files: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """One prepared evaluation. Making it has checked all that can be checked without a model."""
+
+    @property
+    def size(self) -> int:
+        """Examples to go through, for progress."""
+        ...
+
+    def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
+        """Runs the model over the data; every host calls it and every host gets the result."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Bootstrap settings: resamples (0: no intervals) and their seed."""
+
+    resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.resamples < 0 or self.seed < 0:
+            raise ValueError(f"expected resamples and seed of at least 0, found {self.resamples} and {self.seed}")
+
+    def intervals(self, statistic: Statistic, clusters: int) -> dict[str, tuple[float, float]]:
+        """See `vlm.evaluation.bootstrap.intervals`."""
+        return intervals(statistic, clusters, resamples=self.resamples, seed=self.seed)
+
+
+def open_data(spec: Mapping[str, Any], path: str, limit: int | None = None) -> Source:
+    """The source of an evaluation, cut to its first `limit` examples.
+
+    Raises:
+      UserError: as `open_source`, with where the section stands in the configuration.
+    """
+    try:
+        source = open_source(spec)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Subset(source, f"[0:{limit}]") if limit is not None and limit < len(source) else source
+
+
+def first_note(source: Source, note: Any) -> Note:
+    """The note of the first example that can be read: finds fields that no example has before the model runs.
+
+    Raises:
+      UserError: what `note` says about it.
+    """
+    for index in range(min(len(source), 16)):
+        try:
+            example = source[index]
+        except UserError:
+            continue
+        return note(example)
+    return {}
+
+
+def field(example: Mapping[str, Any], name: str) -> Any:
+    """A field of a raw example.
+
+    Raises:
+      UserError: the example has none of this name.
+    """
+    if name not in example:
+        raise UserError(f"example {example.get('key')!r} has no field {name!r}{did_you_mean(name, example)}")
+    return example[name]
+
+
+def class_number(example: Mapping[str, Any], name: str, names: Sequence[str] = ()) -> int:
+    """The class number in a field that holds a number or one of `names`.
+
+    Raises:
+      UserError: it holds something else, or a number outside `names`.
+    """
+    return parse_class(field(example, name), names, f"example {example.get('key')!r}")
+
+
+def parse_class(value: Any, names: Sequence[str], where: str) -> int:
+    """One label, a number or one of `names`, as a class number; `where` names the example in errors."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if isinstance(value, str) and value.strip() in names:
+        return list(names).index(value.strip())
+    try:
+        number = int(value)
+        if isinstance(value, float) and value != number:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        hint = did_you_mean(value, names) if isinstance(value, str) and names else ""
+        expected = "a class number or name" if names else "a class number"
+        raise UserError(f"{where}: expected {expected} as label, found {value!r:.60}{hint}") from None
+    if number < 0 or (names and number >= len(names)):
+        raise UserError(f"{where}: label {number} is outside the {len(names)} class names")
+    return number

@@ -1,0 +1,139 @@
+"""Embedding extraction: a data set's image and text embeddings as sharded .npy files, with what each row belongs to.
+
+image-00000-of-00003.npy    float32[rows, D], unit vectors        image-00000-of-00003.jsonl   one line per row:
+text-00000-of-00012.npy     the same for texts                    {"index", "key"} and, for texts, {"text"}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlm.data.source import Source
+from vlm.evaluation.embed import Advance, Embedder, Note
+from vlm.evaluation.evaluator import Result, first_note, open_data
+from vlm.evaluation.image_text import texts_of
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractConfig:
+    """Settings of one extraction.
+
+    Attributes:
+      data: a source whose examples have an image and, if `text` is set, texts.
+      text: the field with the text or texts to embed as well; None: images only.
+      shard_size: rows per file.
+    """
+
+    data: dict[str, Any]
+    text: str | None = None
+    shard_size: int = 100_000
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size: expected at least 1, found {self.shard_size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Extract:
+    """A prepared extraction; without a folder to write to it counts and measures only."""
+
+    config: ExtractConfig
+    source: Source
+    folder: Path | None = None
+
+    @classmethod
+    def prepare(cls, config: ExtractConfig, path: str, limit: int | None = None) -> Extract:
+        """Opens the data.
+
+        Raises:
+          UserError: it is wrong, or has no such texts.
+        """
+        task = cls(config, open_data(config.data, f"{path}.data", limit))
+        first_note(task.source, task._note)
+        return task
+
+    @property
+    def size(self) -> int:
+        """Number of images."""
+        return len(self.source)
+
+    def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
+        """Embeds everything; process 0 writes."""
+        folder = self.folder if jax.process_index() == 0 else None
+        images = _Shards(folder, "image", self.config.shard_size)
+        texts = _Shards(folder, "text", self.config.shard_size)
+        count = 0
+        for embeds, notes in embedder.images(self.source, self._note, advance):
+            count += len(notes)
+            images.add(embeds, [{"index": note["index"], "key": note["key"]} for note in notes])
+            rows = [{"index": n["index"], "key": n["key"], "text": text} for n in notes for text in n.get("texts", ())]
+            if rows:
+                texts.add(embedder.texts([row["text"] for row in rows]), rows)
+        files = images.finish() + texts.finish()
+        metrics = {"images": float(images.count), "texts": float(texts.count)}
+        details = {"data_fingerprint": self.source.fingerprint, "width": images.width, "files": files}
+        return Result("embeddings", metrics, {}, count, len(self.source) - count, details)
+
+    def _note(self, example: Mapping[str, Any]) -> Note:
+        note: Note = {"key": str(example.get("key"))}
+        return note if self.config.text is None else note | {"texts": texts_of(example, self.config.text)}
+
+
+class _Shards:
+    """Collects rows and writes them in files of equal size, which get their names when their number is known."""
+
+    def __init__(self, folder: Path | None, name: str, size: int):
+        self.count, self.width = 0, 0
+        self._folder, self._name, self._size = folder, name, size
+        self._embeds: list[np.ndarray] = []
+        self._rows: list[dict[str, Any]] = []
+        self._waiting, self._written = 0, 0
+
+    def add(self, embeds: np.ndarray, rows: Sequence[dict[str, Any]]) -> None:
+        """Takes some rows."""
+        self.count, self.width = self.count + len(rows), embeds.shape[1]
+        if self._folder is None:
+            return
+        self._embeds.append(embeds)
+        self._rows.extend(rows)
+        self._waiting += len(rows)
+        while self._waiting >= self._size:
+            self._write(self._size)
+
+    def finish(self) -> list[str]:
+        """Writes the rest and returns the names of the files that hold embeddings."""
+        if self._folder is None:
+            return []
+        if self._waiting:
+            self._write(self._waiting)
+        names = []
+        for number in range(self._written):
+            for suffix in (".jsonl", ".npy"):  # embeddings last: where they are, their rows are described
+                name = f"{self._name}-{number:05d}-of-{self._written:05d}{suffix}"
+                os.replace(self._part(number, suffix), self._folder / name)
+            names.append(name)
+        return names
+
+    def _part(self, number: int, suffix: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f".{self._name}-{number:05d}.part{suffix}"
+
+    def _write(self, count: int) -> None:
+        assert self._folder is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        together = np.concatenate(self._embeds)
+        rows, self._rows = self._rows[:count], self._rows[count:]
+        with self._part(self._written, ".npy").open("wb") as file:
+            np.save(file, together[:count])
+            os.fsync(file.fileno())
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._part(self._written, ".jsonl").write_text(lines, encoding="utf-8")
+        self._embeds, self._waiting, self._written = [together[count:]], self._waiting - count, self._written + 1

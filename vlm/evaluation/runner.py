@@ -1,0 +1,159 @@
+"""Runs the evaluations of a configuration: checks all of them first, then one after the other, then writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vlm.errors import UserError, did_you_mean
+from vlm.evaluation import results as files
+from vlm.evaluation.embed import Embedder
+from vlm.evaluation.evaluator import Evaluator, Result
+from vlm.evaluation.extract import Extract, ExtractConfig
+from vlm.evaluation.image_text import Retrieval, RetrievalConfig
+from vlm.evaluation.linear_probe import LinearProbe, LinearProbeConfig
+from vlm.evaluation.zero_shot import ZeroShot, ZeroShotConfig
+from vlm.metrics import Progress
+from vlm.strict import build, plain
+
+KINDS: dict[str, tuple[type, Any]] = {
+    "zero_shot": (ZeroShotConfig, ZeroShot),
+    "retrieval": (RetrievalConfig, Retrieval),
+    "linear_probe": (LinearProbeConfig, LinearProbe),
+    "embeddings": (ExtractConfig, Extract),
+}
+REPORT_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Feeding:
+    """How an evaluation is fed, the settings common to every kind.
+
+    Attributes:
+      batch_size: images or texts per step over all devices.
+      num_workers: threads per host that decode images.
+    """
+
+    batch_size: int = 64
+    num_workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(f"expected batch_size of at least 1 and num_workers of at least 0, found {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Evaluations that are ready to run: everything that can be checked without a model has been."""
+
+    specs: dict[str, Any]
+    evaluators: dict[str, tuple[Evaluator, Feeding]]
+
+
+def prepare(specs: Mapping[str, Any], *, limit: int | None = None) -> Plan:
+    """Checks and opens the evaluations of `config.eval`.
+
+    Args:
+      specs: {name: {"kind": one of `KINDS`, settings of that kind, batch_size, num_workers}}.
+      limit: only the first so many examples of each data set.
+
+    Raises:
+      UserError: an unknown kind or setting, missing data, class names that do not fit, …
+    """
+    plain_specs = {str(name): plain(spec) for name, spec in specs.items()}
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit: expected at least 1, found {limit}")
+    return Plan(plain_specs, {name: _prepare(name, spec, limit) for name, spec in plain_specs.items()})
+
+
+def run(
+    specs: Mapping[str, Any] | Plan,
+    model: Any,
+    params: Any,
+    processor: Any,
+    *,
+    mesh: Mesh | None = None,
+    batch_axes: tuple[str, ...] = ("data", "fsdp"),
+    output: str | Path | None = None,
+    about: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Evaluates a model; every host of a multi-host program calls this and gets the metrics.
+
+    Args:
+      specs: `config.eval`, or what `prepare` made of it.
+      mesh: where `params` lie; by default the mesh entered with `jax.set_mesh`, if any.
+      batch_axes: mesh axes that batches are split over.
+      output: name of the JSON result; JSONL and HTML files go beside it. None: nothing is written.
+      about: what is evaluated (checkpoint, step, configuration hash, …), kept with the results.
+
+    Returns:
+      {"evaluation/metric": value}.
+
+    Raises:
+      UserError: as `prepare`; also when the model or processor cannot do what is asked.
+    """
+    plan = specs if isinstance(specs, Plan) else prepare(specs, limit=limit)
+    if output is not None:
+        files.check_output(Path(output))
+    if processor is None:
+        raise UserError("evaluation: the checkpoint has no tokenizer and image settings")
+    if mesh is None:
+        current = jax.sharding.get_mesh()
+        mesh = None if current.empty else current
+    embedder = Embedder(model, params, processor, mesh, batch_axes)
+    results: dict[str, Result] = {}
+    for name, (evaluator, feeding) in plan.evaluators.items():
+        fed = dataclasses.replace(embedder, batch_size=feeding.batch_size, num_workers=feeding.num_workers)
+        if isinstance(evaluator, Extract) and output is not None:
+            evaluator = dataclasses.replace(evaluator, folder=Path(output).with_suffix("") / name)
+        try:
+            results[name] = _run(name, evaluator, fed, progress and jax.process_index() == 0)
+        except UserError as error:
+            raise UserError(f"config.eval.{name}: {error}") from error
+    if output is not None and jax.process_index() == 0:
+        files.write(Path(output), results, plan.specs, about or {})
+    return files.flat(results)
+
+
+def _prepare(name: str, spec: Any, limit: int | None) -> tuple[Evaluator, Feeding]:
+    path = f"eval.{name}"
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise UserError(f"config.eval: {name!r} is not a name (letters, digits, '_', '-', '.'), it names files too")
+    if not isinstance(spec, (Mapping, ConfigDict)):
+        raise UserError(f"config.{path}: expected a mapping, found {spec!r:.60}")
+    kind = spec.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"config.{path}.kind: unknown evaluation {kind!r}{did_you_mean(str(kind), KINDS)}")
+    common = {field.name for field in dataclasses.fields(Feeding)}
+    feeding = build(Feeding, {key: value for key, value in spec.items() if key in common}, path)
+    config_type, evaluator = KINDS[kind]
+    config = build(config_type, {key: value for key, value in spec.items() if key not in {"kind", *common}}, path)
+    return evaluator.prepare(config, f"config.{path}", limit), feeding
+
+
+def _run(name: str, evaluator: Evaluator, embedder: Embedder, show: bool) -> Result:
+    began = last = time.monotonic()
+    progress = Progress(evaluator.size, enabled=show, unit=name)
+
+    def advance(done: int) -> None:
+        nonlocal last
+        progress.advance(done)
+        now = time.monotonic()
+        if now - last >= REPORT_SECONDS or done == evaluator.size:
+            last = now
+            progress.report(done, {"examples_per_second": done / max(now - began, 1e-9)})
+
+    try:
+        return evaluator(embedder, advance)
+    finally:
+        progress.close()
