@@ -41,6 +41,9 @@ def read_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict
         for name, target in stored.items()
     }
     arrays = _restore(path, stored, args)
+    for name in stored:
+        if not isinstance(arrays.get(name), jax.Array):  # orbax believes its own index, damaged or not
+            raise UserError(f"{path}: {name} is not in the checkpoint, although its manifest lists it")
     for name in targets.keys() - stored.keys():  # orbax does not store empty arrays
         target = targets[name]
         arrays[name] = jax.jit(_zeros(target), out_shardings=target.sharding)()
