@@ -71,13 +71,19 @@ class Extract:
         images = _Shards(folder, "image", self.config.shard_size)
         texts = _Shards(folder, "text", self.config.shard_size)
         count = 0
-        for embeds, notes in embedder.images(self.source, self._note, advance):
-            count += len(notes)
-            images.add(embeds, [{"index": note["index"], "key": note["key"]} for note in notes])
-            rows = [{"index": n["index"], "key": n["key"], "text": text} for n in notes for text in n.get("texts", ())]
-            if rows:
-                texts.add(embedder.texts([row["text"] for row in rows]), rows)
-        files = images.finish() + texts.finish()
+        try:
+            for embeds, notes in embedder.images(self.source, self._note, advance):
+                count += len(notes)
+                images.add(embeds, [{"index": note["index"], "key": note["key"]} for note in notes])
+                rows = [
+                    {"index": n["index"], "key": n["key"], "text": text} for n in notes for text in n.get("texts", ())
+                ]
+                if rows:
+                    texts.add(embedder.texts([row["text"] for row in rows]), rows)
+            files = images.finish() + texts.finish()
+        finally:
+            images.discard()
+            texts.discard()
         metrics = {"images": float(images.count), "texts": float(texts.count)}
         details = {"data_fingerprint": self.source.fingerprint, "width": images.width, "files": files}
         return Result("embeddings", metrics, {}, count, len(self.source) - count, details)
@@ -115,12 +121,20 @@ class _Shards:
         if self._waiting:
             self._write(self._waiting)
         names = []
+        for old in self._folder.glob(f"{self._name}-?????-of-?????.*"):
+            old.unlink()  # of an earlier extraction, perhaps into another number of files
         for number in range(self._written):
             for suffix in (".jsonl", ".npy"):  # embeddings last: where they are, their rows are described
                 name = f"{self._name}-{number:05d}-of-{self._written:05d}{suffix}"
                 os.replace(self._part(number, suffix), self._folder / name)
             names.append(name)
         return names
+
+    def discard(self) -> None:
+        """Removes what has not got its name."""
+        for number in range(self._written if self._folder is not None else 0):
+            for suffix in (".jsonl", ".npy"):
+                self._part(number, suffix).unlink(missing_ok=True)
 
     def _part(self, number: int, suffix: str) -> Path:
         assert self._folder is not None

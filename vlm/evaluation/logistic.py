@@ -50,9 +50,11 @@ def fit_sklearn(
     """The same by scikit-learn, the protocol of the papers; needs the extra `probe`."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=1 / penalty, max_iter=max_iterations).fit(features, labels)
+    # Of two classes scikit-learn keeps the difference of the two kernels, whose penalty is twice theirs.
+    strength = 1 / penalty if len(np.unique(labels)) > 2 else 2 / penalty
+    model = LogisticRegression(C=strength, max_iter=max_iterations).fit(features, labels)
     kernel, bias = np.zeros((features.shape[1], num_classes)), np.full(num_classes, -np.inf)
-    if len(model.classes_) == 2:  # scikit-learn keeps one logit for two classes
+    if len(model.classes_) == 2:
         kernel[:, model.classes_], bias[model.classes_] = np.stack([-model.coef_[0], model.coef_[0]], 1) / 2, 0.0
         bias[model.classes_] = [-model.intercept_[0] / 2, model.intercept_[0] / 2]
     else:
