@@ -165,7 +165,7 @@ def test_five_percent_of_five_thousand_corrupt_records(tmp_path):
 
 
 def test_too_many_unreadable_stops_at_the_same_step_for_any_workers():
-    bad = range(0, 400, 20)
+    bad, stops = range(0, 400, 20), set()
     for workers in (0, 1, 8):
         loader = make(workers, sources=(Numbers(0, 400, bad=bad),), max_skip_fraction=0.01, skip_window=200)
         batches = loader.iterate()
@@ -173,10 +173,8 @@ def test_too_many_unreadable_stops_at_the_same_step_for_any_workers():
             for _ in range(100):
                 next(batches)
         # 0.01 * 200 allows two; the third stops, at a place that the stream alone decides
-        assert (batches.step, batches.skipped) == (EXPECTED_STOP.setdefault("step", batches.step), 3)
-
-
-EXPECTED_STOP: dict[str, int] = {}
+        stops.add((batches.step, batches.draws, batches.skipped))
+    assert len(stops) == 1 and stops.pop()[2] == 3
 
 
 def test_one_bad_record_among_the_first_is_no_reason_to_stop():
@@ -215,7 +213,9 @@ def test_evaluation_reads_each_example_once_in_order(length, hosts):
 
 def test_unreadable_evaluation_examples_are_marked_not_replaced():
     loader = make(2, sources=(Numbers(0, 10, bad=[0, 7]),), train=False, batch_size=4)
-    batches = take(loader, 99)
+    with loader.iterate() as iterator:
+        batches = list(iterator)
+    assert iterator.skipped == 2  # padding rows that read sample 0 again do not count
     index = np.concatenate([b["index"] for b in batches])
     valid = np.concatenate([b["valid"] for b in batches])
     assert index.tolist() == [*range(10), -1, -1]
