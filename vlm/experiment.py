@@ -20,6 +20,7 @@ from vlm import flops, metrics
 from vlm.data.batch import LoaderSettings
 from vlm.data.loader import Loader
 from vlm.data.source import open_sources
+from vlm.data.teacher_cache import TeacherCache, WithTarget
 from vlm.family import Family
 from vlm.models import get_family
 from vlm.optimizer import Optimizer, make_optimizer
@@ -99,7 +100,10 @@ def make_loader(settings: Config, processor: Any, split: NamedSharding, ledger: 
         max_skip_fraction=data.max_skip_fraction,
     )
     sources, weights = open_sources(data.sources)
-    return Loader(sources, processor.example, loader, weights=weights, ledger=ledger)
+    transform = processor.example
+    if data.teacher_cache is not None:
+        transform = WithTarget(transform, TeacherCache(data.teacher_cache))
+    return Loader(sources, transform, loader, weights=weights, ledger=ledger)
 
 
 def compile_step(

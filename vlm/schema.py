@@ -53,6 +53,8 @@ class DataConfig:
       seed: orders the examples and draws their augmentation, independently of `train.seed`.
       num_workers: threads per host that decode examples; 0: in the calling thread.
       prefetch: batches prepared ahead.
+      teacher_cache: folder of precomputed teacher embeddings (`python -m vlm.precompute`), joined to every example by
+        its `source_text` as `target`.
       max_skip_fraction: the run stops when more than this share of the records had to be replaced.
     """
 
@@ -61,6 +63,7 @@ class DataConfig:
     seed: int = 0
     num_workers: int = 2
     prefetch: int = 2
+    teacher_cache: str | None = None
     max_skip_fraction: float = 0.001
 
     def __post_init__(self) -> None:

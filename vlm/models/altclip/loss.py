@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm.encoders.clip_text import ClipTextConfig
+from vlm.errors import UserError
 from vlm.family import Batch, Extra, Metrics, Params
 from vlm.losses import contrastive, cross_entropy, mean_squared_error
 from vlm.models.altclip.model import AltCLIP, AltCLIPConfig, normalise
@@ -68,7 +69,14 @@ def teacher_targets(config: LossConfig, extra: Extra, batch: Batch) -> jax.Array
         return batch["target"].astype(jnp.float32)
     teacher = teacher_model(config)
     if teacher is None:
-        raise ValueError("loss: expected batches with a 'target' or a live teacher (loss.teacher), found neither")
+        raise UserError(
+            "teacher learning needs a live teacher (config.loss.teacher) or embeddings computed before "
+            "(config.data.teacher_cache), found neither"
+        )
+    if "teacher_tokens" not in batch:
+        raise UserError(
+            "teacher learning: examples need a `source_text`, and config.processor.teacher_tokenizer must be given"
+        )
     method = teacher.encode_text_pooled if config.target == "pooled" else teacher.encode_text
     target = teacher.apply(
         {"params": extra["teacher"]}, batch["teacher_tokens"], batch.get("teacher_mask"), method=method
@@ -83,6 +91,11 @@ def _teacher_learning(
     method = model.encode_text_pooled if config.target == "pooled" else model.encode_text
     student = _apply(model, params, rng, method, batch["tokens"], batch["mask"])
     target = teacher_targets(config, extra, batch)
+    if student.shape != target.shape:
+        raise UserError(
+            f"teacher learning, target {config.target!r}: the student's embedding has {student.shape[-1]} numbers, "
+            f"the teacher's {target.shape[-1]}"
+        )
     value = mean_squared_error(student, target)
     cosine = jnp.sum(normalise(student) * normalise(target), axis=-1).mean()
     return value, {"mse": value, "cosine": cosine}

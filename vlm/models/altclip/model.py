@@ -170,7 +170,8 @@ class AltCLIP(nn.Module):
         if tokens is not None or token_embeds is not None:
             given = {"token_embeds": token_embeds, "positions": positions, "token_types": token_types}
             flags |= {name: value for name, value in given.items() if value is not None}
-            text = self._text_head(self.text(tokens, mask, deterministic=deterministic, **flags))
+            encode: Any = self.text
+            text = self._text_head(encode(tokens, mask, deterministic=deterministic, **flags))
             text_embeds = self._embed("text", text)
             if self.is_initializing():
                 self._init_other_heads()

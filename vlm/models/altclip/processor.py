@@ -14,6 +14,7 @@ from PIL import Image
 from vlm.data.augment import AugmentSettings, augment
 from vlm.data.image import ImageSettings, decode, process, to_rgb
 from vlm.data.image_config import read_image_config, write_image_config
+from vlm.data.masking import mask_tokens
 from vlm.errors import UserError
 from vlm.manifest import write_atomically
 from vlm.tokenizers import Tokenizer, load
@@ -41,6 +42,7 @@ class ProcessorConfig:
         augment: random crops and colours in training; None: pictures as in evaluation.
         max_length: length of token rows.
         normalise: False delivers uint8 pictures, to be normalised on the device.
+        mlm_probability: share of tokens hidden in training for masked language modelling (`labels` are then made).
     """
 
     tokenizer: str | None = None
@@ -49,6 +51,11 @@ class ProcessorConfig:
     augment: AugmentSettings | None = None
     max_length: int = MAX_LENGTH
     normalise: bool = True
+    mlm_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mlm_probability < 1:
+            raise ValueError(f"mlm_probability: expected a share in [0, 1), found {self.mlm_probability}")
 
 
 class Processor:
@@ -61,6 +68,7 @@ class Processor:
         teacher_tokenizer: CLIP's, for teacher learning.
         augment: random variation of pictures in training.
         normalise: False gives uint8 pictures.
+        mlm_probability: share of tokens hidden in training; 0: none.
     """
 
     def __init__(
@@ -72,18 +80,21 @@ class Processor:
         *,
         augment: AugmentSettings | None = None,
         normalise: bool = True,
+        mlm_probability: float = 0.0,
     ):
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
             raise UserError(f"max_length must be a whole number of at least 2, found {max_length!r}")
         self.tokenizer, self.teacher_tokenizer = tokenizer, teacher_tokenizer
         self.image_settings, self.augment = image_settings, augment
         self.max_length, self.normalise = max_length, normalise
+        self.mlm_probability = mlm_probability
 
     @classmethod
     def from_config(cls, config: ProcessorConfig) -> Processor:
         """Opens the tokenizers that a configuration names."""
         tokenizer, teacher = (load(path) if path else None for path in (config.tokenizer, config.teacher_tokenizer))
-        options = {"augment": config.augment, "normalise": config.normalise}
+        options: dict[str, Any] = {"augment": config.augment, "normalise": config.normalise}
+        options["mlm_probability"] = config.mlm_probability
         return cls(tokenizer, config.image, config.max_length, teacher, **options)
 
     def __call__(
@@ -129,7 +140,8 @@ class Processor:
 
         Returns:
             `image` [H, W, 3], `tokens`, `mask` [max_length]; with a teacher tokenizer and no target
-            `teacher_tokens`, `teacher_mask` [77]; `target` float32[D]; `labels` int32[].
+            `teacher_tokens`, `teacher_mask` [77]; `target` float32[D]; `labels` int32[], in masked language modelling
+            int32[max_length] with −100 where nothing is hidden.
 
         Raises:
             UserError: the example lacks everything known, or holds something unusable.
@@ -143,6 +155,8 @@ class Processor:
         if example.get("text") is not None:
             text = _one_text(example["text"], rng if train else None, f"{name}: text")
             row |= _encode(self._tokenizer(), text, self.max_length)
+            if train and self.mlm_probability:
+                row["tokens"], row["labels"] = self._masked(row, rng)
         if example.get("target") is not None:
             row["target"] = _vector(example["target"], f"{name}: target")
         elif example.get("source_text") is not None and self.teacher_tokenizer is not None:
@@ -154,6 +168,15 @@ class Processor:
         if not train and example.get("label") is not None:
             row["labels"] = np.asarray(example["label"], np.int32)
         return row
+
+    def _masked(self, row: Mapping[str, np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        tokenizer = self._tokenizer()
+        if tokenizer.mask_id is None:
+            raise UserError("masked language modelling: the tokenizer has no mask token")
+        special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.mask_id} - {None}
+        options: dict[str, Any] = {"mask_id": tokenizer.mask_id, "special_ids": special}
+        options |= {"probability": self.mlm_probability, "vocab_size": tokenizer.vocab_size}
+        return mask_tokens(row["tokens"], row["mask"], rng, **options)
 
     def save(self, directory: str | Path) -> None:
         """Writes the tokenizers and settings; Hugging Face's AltCLIPProcessor reads the folder too."""

@@ -1,0 +1,106 @@
+"""AltCLIP contrastive training step (ViT-B/16 + XLM-R base) against Hugging Face: forward, backward, AdamW.
+
+    python -m benchmarks.altclip_step [--batch=8] [--length=77] [--rounds=7]
+
+Both train every parameter in float32 with the same loss on the same arrays, alternating in one process; ours is the
+step that train.py runs (`vlm.training.make_train_step`: non-finite guard, norms and metrics included), theirs is
+`AltCLIPModel(..., return_loss=True)`, `backward` and fused `torch.optim.AdamW`. Prints medians and the ratio of the
+medians (> 1: ours is faster) as one JSON line. Run it on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measure import alternate, report
+from vlm import schema
+from vlm.encoders.bert import BertConfig
+from vlm.encoders.vit import ViTConfig
+from vlm.models.altclip.loss import LossConfig, loss
+from vlm.models.altclip.model import AltCLIP, AltCLIPConfig
+from vlm.optimizer import make_optimizer
+from vlm.training import StateInit, make_train_step
+from vlm.tree import flatten
+
+
+def our_step(arrays: dict[str, np.ndarray], layers: int):
+    """Returns a function that runs one step and gives the loss."""
+    text = BertConfig(hidden_size=768, num_layers=layers, num_heads=12, mlp_dim=3072, dropout_rate=0.0,
+                      attention_dropout_rate=0.0)  # fmt: skip
+    model = AltCLIP(AltCLIPConfig(vision=ViTConfig(patch_size=16, num_layers=layers), text=text, projection_dim=512))
+    example = {name: value[:1] for name, value in arrays.items()}
+    init = lambda key: model.init(key, **example)["params"]  # noqa: E731
+    paths = list(flatten(nn.unbox(jax.eval_shape(init, jax.random.key(0)))))
+    constant = schema.ScheduleConfig("constant")
+    optimizer = make_optimizer(schema.OptimizerConfig(lr=1e-5, schedule=constant, weight_decay=0.1), paths, 1000)
+    state = jax.jit(lambda: nn.unbox((s := StateInit(init, lambda _: {}, optimizer)).finish(s.begin(0))))()
+    objective = functools.partial(loss, model, config=LossConfig(lock_image=False))
+    step = jax.jit(make_train_step(objective, optimizer, seed=0), donate_argnums=0)
+    batch = {name: jnp.asarray(value) for name, value in arrays.items()}
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return float(metrics["loss"])
+
+    return run
+
+
+def their_step(arrays: dict[str, np.ndarray], layers: int):
+    """Returns a function that runs one step and gives the loss."""
+    import torch
+    import transformers
+
+    vision = {"patch_size": 16, "num_hidden_layers": layers}
+    text = {"hidden_size": 768, "num_hidden_layers": layers, "num_attention_heads": 12, "intermediate_size": 3072}
+    text |= {"vocab_size": 250002, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.AltCLIPConfig(text_config=text | {"project_dim": 768}, vision_config=vision)
+    model = transformers.AltCLIPModel._from_config(config, attn_implementation="sdpa").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+    inputs = {
+        "pixel_values": torch.tensor(arrays["image"].transpose(0, 3, 1, 2)).contiguous(),
+        "input_ids": torch.tensor(arrays["tokens"], dtype=torch.long),
+        "attention_mask": torch.tensor(arrays["mask"], dtype=torch.long),
+    }
+
+    def run() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        value = model(**inputs, return_loss=True).loss
+        value.backward()
+        optimizer.step()
+        return float(value)
+
+    return run
+
+
+def main() -> None:
+    """Measures and prints one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("batch", 8), ("length", 77), ("layers", 12), ("rounds", 7)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, 250_000, (options.batch, options.length)).astype(np.int32)
+    mask = np.arange(options.length)[None] < rng.integers(10, options.length + 1, (options.batch, 1))
+    tokens = np.where(mask, tokens, 1).astype(np.int32)
+    image = rng.normal(size=(options.batch, 224, 224, 3)).astype(np.float32)
+    arrays = {"image": image, "tokens": tokens, "mask": mask}
+    contenders = {"vlm": our_step(arrays, options.layers), "transformers": their_step(arrays, options.layers)}
+    times = alternate(contenders, rounds=options.rounds)
+    report("altclip_step", times, reference="transformers", settings=vars(options))
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    main()
+    print(f"# {time.perf_counter() - start:.0f} s in all")

@@ -1,0 +1,59 @@
+"""Side-by-side timing: contenders alternate in one process; medians and ratios of one run are what counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+Times = dict[str, list[tuple[float, float]]]
+
+
+def alternate(contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2) -> Times:
+    """Runs every contender once per round, in turn; returns (wall seconds, CPU seconds) of each timed run."""
+    for run in contenders.values():
+        for _ in range(warmup):
+            run()
+    times: Times = {name: [] for name in contenders}
+    for number in range(rounds):
+        order = list(contenders) if number % 2 == 0 else list(contenders)[::-1]
+        for name in order:
+            wall, cpu = time.perf_counter(), time.process_time()
+            contenders[name]()
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return times
+
+
+def report(
+    name: str, times: Times, *, reference: str, settings: Mapping[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """Prints and returns one JSON line: medians, and how many times faster each contender is than `reference`."""
+    wall = {key: statistics.median(w for w, _ in runs) for key, runs in times.items()}
+    cpu = {key: statistics.median(c for _, c in runs) for key, runs in times.items()}
+    packages = {}
+    for package in ("jax", "torch", "transformers", "numpy"):
+        try:
+            packages[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    record = {
+        "benchmark": name,
+        "seconds": {key: round(value, 4) for key, value in wall.items()},
+        "times_faster": {key: round(wall[reference] / value, 3) for key, value in wall.items()},
+        "times_faster_cpu_time": {key: round(cpu[reference] / value, 3) for key, value in cpu.items()},
+        "reference": reference,
+        "rounds": len(next(iter(times.values()))),
+        "settings": dict(settings or {}),
+        **more,
+        "load": round(os.getloadavg()[0], 2),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "versions": packages,
+    }
+    print(json.dumps(record))
+    return record
