@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vlm.convert.rules import Rule, prefixed
-from vlm.convert.transforms import IDENTITY, PATCH_KERNEL, SPLIT_QKV, SPLIT_QKV_KERNEL, TRANSPOSE, leading_ones
+from vlm.convert.transforms import IDENTITY, PATCH_KERNEL, SPLIT_QKV, SPLIT_QKV_KERNEL, TRANSPOSE
 
 
 def linear(foreign: str, ours: str) -> list[Rule]:
@@ -36,7 +36,7 @@ def clip_layers(layers: str = "encoder.(layers|layer).{i}") -> list[Rule]:
 def clip_vit() -> list[Rule]:
     """HF's CLIP vision tower (spelling "pre_layrnorm" theirs)."""
     return [
-        Rule("embeddings.class_embedding", "class_embedding", leading_ones(2)),
+        Rule("embeddings.class_embedding", "class_embedding"),
         Rule("embeddings.patch_embedding.weight", "patch_embedding/kernel", PATCH_KERNEL),
         Rule("embeddings.patch_embedding.bias", "patch_embedding/bias"),
         Rule("embeddings.position_embedding.weight", "position_embedding"),
@@ -86,15 +86,18 @@ def open_clip_text() -> list[Rule]:
     """The text tower of OpenAI's and OpenCLIP's code, without the output projection `text_projection` [E, D]."""
     return [
         Rule("token_embedding.weight", "token_embedding/embedding"),
-        Rule("positional_embedding", "position_embedding/embedding", IDENTITY),
+        Rule("positional_embedding", "position_embedding/embedding"),
         Rule("attn_mask", None),
         *norm("ln_final", "output_norm"),
         *open_clip_layers(),
     ]
 
 
-def bert(*, pooler: bool = False) -> list[Rule]:
-    """HF's BERT, RoBERTa and XLM-R encoders; without `pooler`, pooler weights are known and ignored."""
+def bert(*, layers: str = "(layer|layers)", pooler: bool = False) -> list[Rule]:
+    """HF's BERT, RoBERTa and XLM-R encoders; without `pooler`, pooler weights are known and ignored.
+
+    `layers` lists both spellings of the layers' name, the one to write first.
+    """
     layer = {f"attention.self.{name}": f"attention/{name}" for name in ("query", "key", "value")}
     layer |= {"attention.output.dense": "attention/out", "intermediate.dense": "mlp/up", "output.dense": "mlp/down"}
     norms = {"attention.output.LayerNorm": "attention_norm", "output.LayerNorm": "mlp_norm"}
@@ -104,7 +107,7 @@ def bert(*, pooler: bool = False) -> list[Rule]:
         Rule("embeddings.token_type_embeddings.weight", "token_type_embedding/embedding"),
         *norm("embeddings.LayerNorm", "embedding_norm"),
         Rule("embeddings.(position_ids|token_type_ids)", None),
-        *prefixed(_many(layer) + _many(norms, norm), "encoder.(layer|layers).{i}.", "layers/"),
+        *prefixed(_many(layer) + _many(norms, norm), f"encoder.{layers}.{{i}}.", "layers/"),
         *(linear("pooler.dense", "pooler") if pooler else [Rule("pooler.*", None)]),
     ]
 

@@ -135,8 +135,6 @@ def _assemble(
         parts["logit_scale_init"] = whole["logit_scale_init_value"]
     for name in ("text_norm", "text_transformation", "text_transformation_pre", "lm_head"):
         parts[name] = any(path.startswith(f"{name}/") for path in views)
-    if parts["clip_text"] is not None:
-        parts["clip_text"]["projection_dim"] = parts["projection_dim"]
     for name, value in overrides.items():
         section, _, field = name.rpartition(".")
         if section and not isinstance(parts.get(section), dict):
@@ -171,6 +169,7 @@ def _text_section(config: Json | None, views: Views, notes: list[str]) -> dict[s
         rows = views["text/token_type_embedding/embedding"].shape[0]
         section = (_BERT_TEXT if rows == 2 else _ALTCLIP_TEXT) | infer_text(views)
         section["model_type"] = "bert" if rows == 2 else "xlm-roberta"
+        del section["project_dim"]
         notes.append(
             f"no config.json: sizes from the tensors, {section['num_attention_heads']} heads of 64, "
             f"norm_eps {section['layer_norm_eps']} and {section['model_type']} positions assumed for the text tower"

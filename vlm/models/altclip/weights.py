@@ -40,11 +40,11 @@ _PROJECTIONS = (
 )
 
 
-def _text_tower(prefix: str, encoder: str) -> tuple[Rule, ...]:
-    """AltCLIP's text tower: `encoder` ("roberta", "bert") and the head beside it."""
+def _text_tower(prefix: str, encoder: str, layers: str = "(layer|layers)") -> tuple[Rule, ...]:
+    """AltCLIP's text tower: `encoder` ("roberta", "bert") and the head beside it; `layers` as in `blocks.bert`."""
     embedding = "text/token_embedding/embedding"
     return (
-        *prefixed(bert(), f"{prefix}{encoder}.", "text/"),
+        *prefixed(bert(layers=layers), f"{prefix}{encoder}.", "text/"),
         *norm(f"{prefix}pre_LN", "text_norm"),
         *linear(f"{prefix}transformation", "text_transformation"),
         *linear(f"{prefix}transformation_pre", "text_transformation_pre"),
@@ -67,7 +67,7 @@ _XLMR = (
 )
 _CLIP = (
     _SCALE,
-    *prefixed(clip_text(), "text_model.", "text/"),
+    *prefixed(clip_text(), "(text_model.|)", "text/"),
     *prefixed(clip_vit(), "vision_model.", "vision/"),
     *_PROJECTIONS,
 )
@@ -84,7 +84,7 @@ LAYOUTS = (
     Layout("AltCLIP (Hugging Face, FlagAI)", (r"text_model\.roberta\.",), _joint("roberta")),
     Layout("AltCLIP with a BERT student (FlagAI)", (r"text_model\.bert\.",), _joint("bert")),
     Layout("AltCLIP or AltDiffusion text tower", (r"roberta\.", r"transformation\.weight"), _TEXT),
-    Layout("CLIP (Hugging Face)", (r"text_model\.embeddings\.",), _CLIP),
+    Layout("CLIP (Hugging Face)", (r"(text_model\.)?embeddings\.token_embedding",), _CLIP),
     Layout("CLIP (OpenAI, OpenCLIP)", (r"visual\.conv1\.weight", r"visual\.transformer\."), _OPEN_CLIP),
     Layout("CLIP vision tower (Hugging Face)", (r"(vision_model\.)?embeddings\.patch_embedding\.weight",), _VISION),
     Layout("XLM-R", (r"(roberta\.)?embeddings\.word_embeddings\.weight", r".*\.token_type_embeddings"), _XLMR),
@@ -193,7 +193,8 @@ def without(config: AltCLIPConfig, params: Mapping[str, Any]) -> AltCLIPConfig:
 
 
 def write(config: AltCLIPConfig, params: Mapping[str, TensorView]) -> tuple[dict[str, TensorView], dict[str, Any]]:
-    """Returns the tensors and the config.json that transformers loads, with the names of its 4.x releases.
+    """Returns the tensors and the config.json that transformers loads: a joint model's names are those of its
+    4.x releases, which 5.x reads too.
 
     Raises:
         UserError: no transformers class holds this combination of parts.
@@ -201,7 +202,7 @@ def write(config: AltCLIPConfig, params: Mapping[str, TensorView]) -> tuple[dict
     name = hf_class(config)
     tables = {
         "AltCLIPModel": _joint("roberta"),
-        "AltCLIPTextModel": _TEXT,
+        "AltCLIPTextModel": _text_tower("", "roberta", "(layers|layer)"),  # alone, 5.x reads only this spelling
         "RobertaSeriesModelWithTransformation": _TEXT,
         "CLIPModel": _CLIP,
         "CLIPTextModel": _CLIP,
