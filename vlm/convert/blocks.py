@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vlm.convert.rules import Rule, prefixed
-from vlm.convert.transforms import IDENTITY, PATCH_KERNEL, SPLIT_QKV, SPLIT_QKV_KERNEL, TRANSPOSE
+from vlm.convert.transforms import PATCH_KERNEL, SPLIT_QKV, SPLIT_QKV_KERNEL, TRANSPOSE
 
 
 def linear(foreign: str, ours: str) -> list[Rule]:
