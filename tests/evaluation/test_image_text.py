@@ -49,6 +49,14 @@ def test_examples_on_the_page_are_right(model, params, processor, colours):
     assert queries["text_to_image"][2]["text"] == "white" and queries["text_to_image"][2]["answers"][0][0] == 4
 
 
+def test_captions_that_say_the_same(model, params, processor, colours):
+    """Fifteen images of five colours: by label a perfect model is perfect, by example every caption has rivals."""
+    spec, _ = colours(count=15, noise=0, text=lambda i: WORDS[i % 5])
+    embedder = Embedder(model, params, processor)
+    assert prepare(spec, group="label")(embedder).metrics["mean_recall"] == 1.0
+    assert prepare(spec)(embedder).metrics["mean_recall"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("value", "expected"), [("a", ["a"]), (b"\xc3\xa9", ["é"]), (["a", "b"], ["a", "b"]), (np.array(["a"]), ["a"])]
 )

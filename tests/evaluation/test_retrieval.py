@@ -78,6 +78,35 @@ def test_weights_count_images_with_their_texts():
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_groups_equal_sorting(chunk, monkeypatch):
+    monkeypatch.setattr(retrieval, "CHUNK_BYTES", chunk)
+    rng = np.random.default_rng(0)
+    image, text = rng.integers(-1, 2, (12, 3)).astype(np.float32), rng.integers(-1, 2, (24, 3)).astype(np.float32)
+    group, text_image = np.arange(12) % 4, np.repeat(np.arange(12), 2)
+    s = image @ text.T
+    right = group[:, None] == group[text_image][None, :]
+
+    def place(scores, right):
+        return (scores[~right] >= scores[right].max()).sum()
+
+    found = retrieval.group_ranks(image, text, text_image, group)
+    np.testing.assert_array_equal(found.text_to_image, [place(s[:, t], right[:, t]) for t in range(24)])
+    np.testing.assert_array_equal(found.image_to_text, [place(s[i], right[i]) for i in range(12)])
+    assert not any("true" in name for name in retrieval.recall(found))
+
+
+def test_groups_of_one_are_the_usual_case():
+    rng = np.random.default_rng(0)
+    image, text, text_image = rng.normal(size=(9, 3)), rng.normal(size=(18, 3)), np.repeat(np.arange(9), 2)
+    one, other = (
+        retrieval.ranks(image, text, text_image),
+        retrieval.group_ranks(image, text, text_image, np.arange(9)),
+    )
+    np.testing.assert_array_equal(one.text_to_image, other.text_to_image)
+    np.testing.assert_array_equal(one.image_to_text, other.image_to_text)
+
+
 def test_impossible_inputs_are_named():
     eye = np.eye(3, dtype=np.float32)
     with pytest.raises(ValueError, match="1 images have no text, the first is 2"):

@@ -13,6 +13,7 @@ functions of NumPy arrays; `embed` runs the model over all devices and hosts.
 
 from __future__ import annotations
 
+from vlm.evaluation.results import check_output
 from vlm.evaluation.runner import KINDS, Plan, prepare, run
 
-__all__ = ["KINDS", "Plan", "prepare", "run"]
+__all__ = ["KINDS", "Plan", "check_output", "prepare", "run"]

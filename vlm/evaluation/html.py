@@ -34,6 +34,7 @@ th { font-weight: 600; color: var(--soft); font-size: .82rem; } .n { text-align:
 .figures div { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: .7rem 1.1rem; min-width: 8.5rem; }
 .figures b { display: block; font-size: 1.5rem; line-height: 1.25; } .figures small { color: var(--soft); }
+.side { display: flex; flex-wrap: wrap; gap: 0 4rem; align-items: start; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .8rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: .6rem; font-size: .85rem; }
@@ -97,15 +98,13 @@ def facts(values: Iterable[tuple[str, object]]) -> str:
 
 def figure(name: str, value: float, interval: tuple[float, float] | None = None) -> str:
     """One number, with its confidence interval."""
-    small = "" if interval is None else f"<br><small>95 %: {number(interval[0])} to {number(interval[1])}</small>"
+    small = "" if interval is None else f"<small>95 %: {number(interval[0])} to {number(interval[1])}</small>"
     return f"<div><small>{html.escape(name)}</small><b>{number(value)}</b>{small}</div>"
 
 
 def number(value: float) -> str:
-    """Shares as percentages, counts as they are."""
-    if value != value:
-        return "–"
-    return f"{100 * value:.1f} %" if abs(value) <= 1 else f"{value:,.0f}"
+    """A share as a percentage."""
+    return "–" if value != value else f"{100 * value:.1f} %"
 
 
 def page(title: str, body: str) -> str:

@@ -27,6 +27,8 @@ class RetrievalConfig:
       text: the field with the text or the list of texts.
       captions: use only the first so many texts of an image (COCO and Flickr30k: 5); None uses all.
       language: of the texts, recorded with the numbers.
+      group: a field; texts are right for all images with the same value. Without it, an image with another image's
+        caption counts as wrong, also where the two captions say the same.
       k: recalls are reported at these depths.
       pictures: queries shown on the HTML page, each way.
     """
@@ -35,6 +37,7 @@ class RetrievalConfig:
     text: str = "text"
     captions: int | None = None
     language: str = ""
+    group: str | None = None
     k: tuple[int, ...] = (1, 5, 10)
     bootstrap: Sampling = Sampling()
     pictures: int = 16
@@ -75,7 +78,11 @@ class Retrieval:
         texts = [text for note in notes for text in note["texts"]]
         text_image = np.repeat(np.arange(len(notes)), [len(note["texts"]) for note in notes])
         embeds = embedder.texts(texts)
-        found = retrieval.ranks(images, embeds, text_image)
+        groups = np.unique([str(note.get("group", note["index"])) for note in notes], return_inverse=True)[1]
+        if self.config.group is None:
+            found = retrieval.ranks(images, embeds, text_image)
+        else:
+            found = retrieval.group_ranks(images, embeds, text_image, groups)
         metrics = retrieval.recall(found, self.config.k)
         shown = np.unique(np.linspace(0, len(notes) - 1, min(self.config.pictures, len(notes))).astype(int))
         details = {
@@ -95,13 +102,14 @@ class Retrieval:
             unreadable=len(self.source) - len(notes),
             details=details,
             examples=_rows(notes, found, texts),
-            page={"source": self.source, "queries": _queries(shown, notes, texts, images, embeds, found)},
+            page={"source": self.source, "queries": _queries(shown, notes, texts, images, embeds, found, groups)},
         )
 
     def _note(self, example: Mapping[str, Any]) -> Note:
         """Key and texts of an example."""
         texts = texts_of(example, self.config.text)
-        return {"key": str(example.get("key")), "texts": texts[: self.config.captions]}
+        note: Note = {"key": str(example.get("key")), "texts": texts[: self.config.captions]}
+        return note if self.config.group is None else note | {"group": str(field(example, self.config.group))}
 
 
 def texts_of(example: Mapping[str, Any], name: str) -> list[str]:
@@ -139,20 +147,31 @@ def _queries(
     images: np.ndarray,
     embeds: np.ndarray,
     found: retrieval.Ranks,
+    groups: np.ndarray,
 ) -> dict[str, list[dict[str, Any]]]:
     """The first answers to some queries, each with whether it is right."""
     first_text = np.searchsorted(found.text_image, np.arange(len(notes)))
     by_image, by_text = [], []
     for image in shown:
         scores = embeds @ images[image]
-        best = np.argsort(-scores, kind="stable")[:SHOWN]
-        answers = [(texts[t], float(scores[t]), bool(found.text_image[t] == image)) for t in best]
+        best = _distinct(np.argsort(-scores, kind="stable"), texts)
+        answers = [(texts[t], float(scores[t]), bool(groups[found.text_image[t]] == groups[image])) for t in best]
         by_image.append(
             {"index": notes[image]["index"], "rank": int(found.image_to_text[image]) + 1, "answers": answers}
         )
         text = int(first_text[image])
         scores = images @ embeds[text]
         best = np.argsort(-scores, kind="stable")[:SHOWN]
-        answers = [(notes[i]["index"], float(scores[i]), bool(i == image)) for i in best]
+        answers = [(notes[i]["index"], float(scores[i]), bool(groups[i] == groups[image])) for i in best]
         by_text.append({"text": texts[text], "rank": int(found.text_to_image[text]) + 1, "answers": answers})
     return {"image_to_text": by_image, "text_to_image": by_text}
+
+
+def _distinct(order: np.ndarray, texts: list[str]) -> list[int]:
+    """The first few texts that differ from the ones before."""
+    chosen: dict[str, int] = {}
+    for number in order:
+        chosen.setdefault(texts[number], int(number))
+        if len(chosen) == SHOWN:
+            break
+    return list(chosen.values())

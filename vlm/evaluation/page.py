@@ -18,6 +18,14 @@ MATRIX_CLASSES = 30
 TABLE_CLASSES = 200
 CONFUSED_PAIRS = 20
 SCORES = 3
+HEADLINES = (
+    "top1",
+    "top5",
+    "mean_average_precision_11",
+    "mean_recall",
+    "text_to_image_recall@1",
+    "image_to_text_recall@1",
+)
 
 
 def render(results: Mapping[str, Result], about: Mapping[str, Any]) -> str:
@@ -27,25 +35,48 @@ def render(results: Mapping[str, Result], about: Mapping[str, Any]) -> str:
       results: by name of the evaluation.
       about: what was evaluated (checkpoint, step, versions, …), shown on top.
     """
-    parts = [f"<header><h1>{html.text('Evaluation')}</h1>", html.facts(about.items()), "</header>", _summary(results)]
+    parts = [f"<header><h1>{html.text('Evaluation')}</h1>", html.facts(_origin(about)), "</header>", _summary(results)]
     for name, result in results.items():
         language = str(result.details.get("language", ""))
         parts.append(f"<section><h2>{html.text(name)}</h2>")
         parts.append(f'<p class="soft">{_sentence(result)}</p>')
-        cards = (html.figure(_words(key), value, result.intervals.get(key)) for key, value in result.metrics.items())
-        parts.append(f'<div class="figures">{"".join(cards)}</div>')
+        if result.kind != "embeddings":
+            cards = (
+                html.figure(_words(key), value, result.intervals.get(key)) for key, value in result.metrics.items()
+            )
+            parts.append(f'<div class="figures">{"".join(cards)}</div>')
         parts.append(SECTIONS.get(result.kind, _no_section)(result, language))
         parts.append("</section>")
     return html.page("Evaluation", "\n".join(parts))
 
 
+def _origin(about: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Plain values as they are; of the environment what a reader asks for first."""
+    values = [(_words(key), value) for key, value in about.items() if not isinstance(value, Mapping)]
+    environment = about.get("environment", {})
+    for key in ("time", "git", "devices", "command"):
+        value = environment.get(key)
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{count} × {name}" for name, count in value.items())
+        values.append((key, " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value))
+    return values
+
+
 def _summary(results: Mapping[str, Result]) -> str:
     rows = []
     for name, result in results.items():
-        shown = "   ".join(f"{_words(key)} {html.number(value)}" for key, value in list(result.metrics.items())[:3])
+        shown = _headline(result)
         language = html.text(result.details.get("language", ""))
         rows.append([html.text(name), html.text(_words(result.kind)), language, f"{result.n:,}", html.text(shown)])
     return "<h3>Summary</h3>" + html.table(["evaluation", "kind", "language", "examples", "result"], rows, [3])
+
+
+def _headline(result: Result) -> str:
+    """The numbers that are quoted first."""
+    if result.kind == "embeddings":
+        return " · ".join(f"{value:,.0f} {key}" for key, value in result.metrics.items())
+    first = [key for key in HEADLINES if key in result.metrics]
+    return " · ".join(f"{_words(key)} {html.number(result.metrics[key])}" for key in first[:3])
 
 
 def _sentence(result: Result) -> str:
@@ -71,13 +102,11 @@ def _no_section(result: Result, language: str) -> str:
 
 def _zero_shot(result: Result, language: str) -> str:
     show = result.page
-    parts = ["<h3>Predictions</h3>", '<div class="grid">']
+    parts = ['<h3>Predictions <span class="soft">(at most half of them wrong ones)</span></h3>', '<div class="grid">']
     for example in _mixed(result.examples, show["pictures"]):
         parts.append(_prediction(example, show["names"], _thumbnail(show["source"], example["index"]), language))
-    parts.append("</div>")
-    parts.append(_class_table(show, language))
-    if "confusion" in show:
-        parts.append(_confusion(show, language))
+    confusion = f"<div>{_confusion(show, language)}</div>" if "confusion" in show else ""
+    parts.append(f'</div><div class="side"><div>{_class_table(show, language)}</div>{confusion}</div>')
     return "".join(parts)
 
 

@@ -1,7 +1,7 @@
 """Metrics of retrieval between images and texts, as pure functions of NumPy arrays.
 
-Every text belongs to one image, an image may have several texts. Equal similarities count against the query: a wrong
-item that is as similar as the right one is placed before it.
+Every text belongs to one image, an image may have several texts; or images and texts belong together in groups. Equal
+similarities count against the query: a wrong item that is as similar as the right one is placed before it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Ranks:
     Attributes:
       text_to_image: [T], place of a text's image among all images.
       image_to_text: [I], place of the best of an image's texts among all texts (the others of its own do not count).
-      own_texts: [T], place of every text in the list that its own image retrieves.
+      own_texts: [T], place of every text in the list that its own image retrieves; None for groups.
       text_image: [T], the image of every text.
     """
 
     text_to_image: Int[np.ndarray, " t"]
     image_to_text: Int[np.ndarray, " i"]
-    own_texts: Int[np.ndarray, " t"]
+    own_texts: Int[np.ndarray, " t"] | None
     text_image: Int[np.ndarray, " t"]
 
 
@@ -61,6 +61,37 @@ def ranks(
     return Ranks(ahead_of_image, image_to_text, own_texts, text_image)
 
 
+def group_ranks(
+    image_embeds: Float[np.ndarray, "i d"],
+    text_embeds: Float[np.ndarray, "t d"],
+    text_image: Int[np.ndarray, " t"],
+    image_group: Int[np.ndarray, " i"],
+) -> Ranks:
+    """As `ranks` where an image is right for every text of its group: the best of the right ones counts.
+
+    Args:
+      text_image: the image that each text came with; its group is the text's.
+      image_group: number of each image's group.
+    """
+    _check(image_embeds, text_embeds, text_image)
+    texts, text_group = np.ascontiguousarray(text_embeds.T, dtype=np.float64), image_group[text_image]
+    rows = max(1, CHUNK_BYTES // (8 * len(text_embeds)))
+    best = np.full(len(text_embeds), -np.inf)
+    ahead_of_image, image_to_text = np.zeros(len(best), np.int64), np.empty(len(image_embeds), np.int64)
+    for counting in (False, True):
+        for start in range(0, len(image_embeds), rows):
+            part = slice(start, start + rows)
+            similarity = np.asarray(image_embeds[part], np.float64) @ texts
+            right = image_group[part, None] == text_group[None, :]
+            if counting:
+                ahead_of_image += (~right & (similarity >= best[None, :] - _TIE)).sum(axis=0)
+                continue
+            own = np.where(right, similarity, -np.inf)
+            best = np.maximum(best, own.max(axis=0))
+            image_to_text[part] = (~right & (similarity >= own.max(axis=1, keepdims=True) - _TIE)).sum(axis=1)
+    return Ranks(ahead_of_image, image_to_text, None, text_image)
+
+
 def recall(
     found: Ranks, ks: Sequence[int] = (1, 5, 10), image_weights: Float[np.ndarray, " i"] | None = None
 ) -> dict[str, float]:
@@ -82,6 +113,8 @@ def recall(
     for k in ks:
         metrics[f"image_to_text_recall@{k}"] = float(np.average(found.image_to_text < k, weights=weights))
     metrics["mean_recall"] = float(np.mean(list(metrics.values())))
+    if found.own_texts is None:
+        return metrics
     for k in ks:
         among = np.bincount(found.text_image, weights=found.own_texts < k, minlength=len(weights)) / per_image
         metrics[f"image_to_text_true_recall@{k}"] = float(np.average(among, weights=weights))
