@@ -20,6 +20,7 @@ from typing import Any
 
 from vlm.config import build, command_line, config_hash, parse_command
 from vlm.errors import UserError, exit_on_user_error
+from vlm.metrics import Diverged
 from vlm.schema import Config
 
 
@@ -50,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.workdir:
             raise UserError("--workdir=DIR is missing; see --help")
         connect(options)
-        return train(config, settings, Path(options.workdir), options.allow_config_change)
+        try:
+            return train(config, settings, Path(options.workdir), options.allow_config_change)
+        except Diverged as error:
+            sys.exit(f"error: {error}")  # the input is not wrong: status 1
 
 
 def connect(options: argparse.Namespace) -> None:
@@ -68,7 +72,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
     import jax
     from jax.sharding import NamedSharding
 
-    from vlm import sharding
+    from vlm import evaluation, sharding
     from vlm import workdir as folder
     from vlm.checkpoint import Checkpoints
     from vlm.experiment import compile_step, experiment, make_loader, make_processor, make_report
@@ -89,6 +93,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         split = NamedSharding(mesh, sharding.batch_spec(settings.sharding, settings.data.batch_size, mesh.shape))
         processor = make_processor(settings, parts.family)
         loader = make_loader(settings, processor, split, workdir)
+        evaluations = evaluation.prepare(settings.eval)
 
         # The state: from the newest verified checkpoint, or new.
         checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.train.keep)
@@ -104,7 +109,9 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
             return 0
         first = next(feed)
         if primary and "image" in first[0]:
-            folder.save_samples(workdir, first[0]["image"], int(state.step), settings.train.sample_images)
+            folder.save_samples(
+                workdir, first[0]["image"].addressable_data(0), int(state.step), settings.train.sample_images
+            )
         step, flops = compile_step(settings, parts, state, first[0], split)
         report = stack.enter_context(make_report(settings, config, workdir, flops, int(state.step)))
 
@@ -113,9 +120,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
             checkpoints.save(number, state, position, config_hash(config), wait=wait)
 
         def evaluate(state: Any) -> dict[str, float]:
-            from vlm import evaluation
-
-            return evaluation.run(settings.eval, parts.model, state.params, processor)
+            return evaluation.run(evaluations, parts.model, state.params, processor, mesh=mesh, progress=False)
 
         return loop(settings, state, step, first, feed, report, save, evaluate, preemption)
 

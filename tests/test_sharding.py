@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm import sharding
 from vlm.errors import UserError
+from vlm.layers.linear import constrain
 from vlm.schema import MeshConfig, ShardingConfig
 
 RULES = ShardingConfig().rules
@@ -92,6 +93,18 @@ def test_constraints_shape_the_compiled_program():
         x = jax.device_put(np.ones(batch, np.float32), replicated)
         text = jax.jit(program).lower(x).compile().as_text()
     assert f"f32[{batch // 8},{batch}]" in text and f"f32[{batch},{batch}]" not in text
+
+
+def test_constraints_leave_indivisible_dimensions_whole_and_refuse_unknown_axes():
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    with sharding.use(mesh, RULES):
+        split = jax.jit(lambda x: constrain(x, "batch", "mlp_activation"))(jnp.ones((8, 7)))
+        assert split.sharding.spec == PartitionSpec(("data", "fsdp"))
+        with pytest.raises(ValueError, match="did not match a rule"):
+            jax.jit(lambda x: constrain(x, "batch", "mpl"))(jnp.ones((8, 8)))
+        with pytest.raises(ValueError, match="did not match a rule"):
+            jax.jit(lambda x: constrain(x, "batch", "embed"))(jnp.ones((8, 8)))
+    np.testing.assert_array_equal(constrain(jnp.ones(3), "no mesh, no rules"), jnp.ones(3))
 
 
 def test_the_guard_fails_where_constraints_are_ignored():

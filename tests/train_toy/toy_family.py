@@ -35,7 +35,7 @@ class Toy(nn.Module):
         x = Linear(width, ("embed", "mlp"), dtype=dtype, name="image")(x)
         x = nn.Dropout(self.config.dropout_rate, deterministic=deterministic)(x)
         text = (tokens * mask).astype(dtype)
-        return x, Linear(width, ("embed", "mlp"), dtype=dtype, name="text")(text)
+        return x, Linear(width, ("embed", "mlp"), use_bias=False, dtype=dtype, name="text")(text)
 
 
 def loss(model, params, extra, batch, rng, config):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import RulesFallback
 from jaxtyping import Array, Float, Int
 
 Initializer = Callable[..., Any]
@@ -24,8 +26,24 @@ def param(
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks the compiler to lay `x` out along logical `axes` (`None`: not split). A no-op without a mesh."""
-    return cast(jax.Array, nn.with_logical_constraint(x, axes))
+    """Asks the compiler to lay `x` out along logical `axes` (`None`: not split). A no-op without a mesh.
+
+    A dimension that its mesh axes do not divide stays whole, as in a weight.
+
+    Raises:
+      ValueError: an axis without a rule, or a mesh axis that two dimensions are split over.
+    """
+    rules, sizes = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh().shape
+    if not rules:
+        return x
+
+    def fits(size: int, axis: str | None) -> bool:
+        names = rules.get(axis or "") or ()
+        names = (names,) if isinstance(names, str) else names
+        return size % math.prod(sizes.get(name, 1) for name in names) == 0
+
+    kept = tuple(axis if fits(size, axis) else None for size, axis in zip(x.shape, axes, strict=True))
+    return cast(jax.Array, nn.with_logical_constraint(x, kept, fallback=RulesFallback.RAISE_ERROR))
 
 
 class Linear(nn.Module):

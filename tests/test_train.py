@@ -1,0 +1,209 @@
+"""The command, run as users run it: whole runs of a toy family, stopped, resumed, on several devices and hosts."""
+
+import json
+import os
+import pathlib
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from vlm.checkpoint import restore_params
+from vlm.tree import flatten
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ROOT / "tests" / "train_toy" / "config.py"
+train = runpy.run_path(str(ROOT / "train.py"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": str(1000 + i * 2741 % 9000)}) + "\n" for i in range(40)))
+    return path
+
+
+def arguments(data, workdir, *more):
+    return [f"--config={CONFIG}:{data}", f"--workdir={workdir}", "--config.train.tensorboard=False", *more]
+
+
+def environment(devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONWARNINGS": "error::DeprecationWarning:vlm"}
+
+
+def start(*arguments, devices=1):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.Popen(
+        command, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(*arguments, capsys):
+    """In this process, on its eight devices; returns (status, stdout, stderr)."""
+    try:
+        status = train["main"](list(arguments))
+    except SystemExit as error:
+        status = error.code
+    return status, *capsys.readouterr()
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in metrics(workdir)}
+
+
+def params(workdir):
+    return {path: np.asarray(leaf) for path, leaf in flatten(restore_params(workdir)[1]).items()}
+
+
+def test_a_run_leaves_its_records_and_can_be_continued(tmp_path, data, capsys):
+    straight, split = tmp_path / "straight", tmp_path / "split"
+    status, _, err = run(*arguments(data, straight, "--config.data.num_workers=0"), capsys=capsys)
+    assert status == 0, err
+    assert re.search(r"step 6/6 \| loss \d.* examples/s .* eta 0s", err) and "peak unknown" in err
+    names = {path.name for path in straight.iterdir()}
+    assert names >= {"config.json", "env.json", "metrics.jsonl", "checkpoints", "processor", "samples"}
+    assert [p.name for p in (straight / "samples").iterdir()] == ["step_00000000.png"]
+    last = metrics(straight)[-1]
+    wanted = {"loss", "contrastive", "learning_rate", "grad_norm", "param_norm", "update_norm", "examples_per_second"}
+    assert last["step"] == 6 and last.keys() >= wanted | {"tokens_per_second", "data_wait_share", "bad_steps"}
+
+    same = arguments(data, split, "--config.data.num_workers=0")
+    assert run(*same, "--config.train.steps=4", capsys=capsys)[0] == 0
+    status, _, err = run(*same, capsys=capsys)
+    assert status == 2 and "train.steps: 4 -> 6" in err and len(err.strip().splitlines()) == 1
+    status, _, err = run(*same, "--allow_config_change", capsys=capsys)
+    assert status == 0 and "resumed from step 4" in err
+    assert losses(split) == losses(straight)
+    ours, theirs = params(split), params(straight)
+    assert ours.keys() == theirs.keys() and all((ours[path] == theirs[path]).all() for path in ours)
+    assert len(json.loads((split / "env.json").read_text())) == 2
+
+
+def test_a_signal_saves_and_the_next_start_goes_on_bit_for_bit(tmp_path, data, capsys):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    many = ("--config.train.steps=400", "--config.train.checkpoint_every=0", "--config.train.log_every=1")
+    process = start(*arguments(data, stopped, *many))
+    deadline = time.monotonic() + 90
+    while not (stopped / "metrics.jsonl").exists() or len(metrics_so_far(stopped)) < 5:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    (step,) = [int(path.name) for path in (stopped / "checkpoints").iterdir() if path.name.isdigit()]
+    assert 5 <= step < 400 and f"saved at step {step}" in err
+    assert max(losses(stopped)) == step
+
+    process = start(*arguments(data, stopped, *many))
+    assert process.communicate(timeout=120)[1] and process.returncode == 0
+    process = start(*arguments(data, straight, *many))
+    assert process.communicate(timeout=120)[1] and process.returncode == 0
+    assert losses(stopped) == losses(straight)
+    ours, theirs = params(stopped), params(straight)
+    assert all((ours[path] == theirs[path]).all() for path in theirs)
+
+
+def metrics_so_far(workdir):
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def test_two_processes_of_four_devices_equal_one_device(tmp_path, data):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    mesh = ("--config.sharding.mesh.data=2", "--config.sharding.mesh.fsdp=2", "--config.sharding.mesh.tensor=2")
+    several, single = tmp_path / "several", tmp_path / "single"
+    more = ("--config.train.log_every=1",)
+    hosts = [
+        start(
+            *arguments(data, several, *mesh, *more),
+            f"--coordinator=localhost:{port}",
+            "--num_processes=2",
+            f"--process_id={index}",
+            devices=4,
+        )
+        for index in range(2)
+    ]
+    one = start(*arguments(data, single, *more))
+    for process in (*hosts, one):
+        _, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+    ours, theirs = losses(several), losses(single)
+    assert len(ours) == 6
+    np.testing.assert_allclose([ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(theirs)], rtol=1e-5)
+    ours, theirs = params(several), params(single)
+    for path in theirs:
+        np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def test_endless_bad_steps_stop_the_run_and_leave_it_sound(tmp_path, data, capsys):
+    """Every batch holds the poisoned example (the data are one batch long), so no step changes anything."""
+    text = data.read_text().splitlines()[:8]
+    data.write_text("\n".join(text) + "\n")
+    more = ("--config.processor.poison=9223", "--config.train.max_bad_steps=3")
+    status, _, err = run(*arguments(data, tmp_path / "run", *more), capsys=capsys)
+    assert status.startswith("error: 3 steps in a row, up to step 3"), err
+    (step,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert step == "2" and all(np.isfinite(leaf).all() for leaf in params(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config.optimizer.lrr=1"], "config.optimizer.lrr does not exist; did you mean 'lr'?"),
+        (["--config.model.widht=3"], "config.model.widht does not exist; did you mean 'width'?"),
+        (["--config.loss.scale=x"], "config.loss.scale: expected float, found 'x'"),
+        (["--config.processor.size=x"], "config.processor.size: expected int, found 'x'"),
+        (["--config.family=toi"], "config.family: expected a known family, found 'toi'; did you mean 'toy'?"),
+        (["--config.data.batch_size=6"], "config.data.batch_size: expected a multiple of 8 devices, found 6"),
+        (["--config.data.sources[0].path=/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--config.data.sources=()"], "no source given"),
+        (["--config.sharding.mesh.tensor=3"], "does not fit 8 devices"),
+        (["--config.optimizer.groups=(('imgae/.*', {}), ('.*', {}))"], "nothing matches the rule imgae"),
+        (["--config.optimizer.schedule.warmup_steps=7"], "exceed train.steps=6"),
+        (["--config.init=({'path': '/nowhere'},)"], "/nowhere: no such file or folder"),
+        (["--workdir=/proc/nowhere"], "--workdir: cannot write to /proc/nowhere"),
+        (["--num_processes=2"], "need --coordinator"),
+        (["--stray"], "unknown argument --stray"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, data, more, message, capsys):
+    status, out, err = run(*arguments(data, tmp_path / "run", *more), capsys=capsys)
+    assert status == 2 and not out
+    assert err.startswith("error: ") and message in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_missing_arguments(capsys, data):
+    assert "--config=FILE is missing" in run(capsys=capsys)[2]
+    assert "--workdir=DIR is missing" in run(f"--config={CONFIG}:{data}", capsys=capsys)[2]
+
+
+def test_dry_run(tmp_path, data, capsys):
+    more = ("--config.sharding.mesh.fsdp=3", "--config.sharding.mesh.data=1", "--config.data.batch_size=9")
+    status, out, _ = run(f"--config={CONFIG}:{data}", "--dry_run", *more, capsys=capsys)
+    assert status == 0 and [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    assert '"lr": 0.01' in out
+    assert re.search(r"^total\s+64\s+64$", out, re.M) and re.search(
+        r"^image/kernel\s+3x8\s+float32\s+fsdp, tensor", out, re.M
+    )
+    assert "text/kernel: embed=4 is not divisible by fsdp=3" in out
+    assert re.search(r"^image\s+9x4x4x3\s+float32$", out, re.M)
+
+
+def test_help_is_quick():
+    began = time.monotonic()
+    out = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True)
+    assert "--workdir" in out.stdout and "executed" in out.stdout
+    assert time.monotonic() - began < 5  # 1.5 s on an idle machine
