@@ -71,6 +71,7 @@ def load(
     dtype: str | None = None,
     verify: Verify = "full",
     overrides: Mapping[str, Any] | None = None,
+    ema: bool = False,
 ) -> tuple[Any, dict[str, Any], Any]:
     """Loads a model from a model folder, a training run, a Hugging Face folder or an original .pth/.pt file.
 
@@ -83,6 +84,7 @@ def load(
         dtype: "bfloat16" or "float32": stores the parameters and computes in it. Default: parameters as stored.
         verify: "full" compares the SHA-256 of every file of a model folder, "fast" only sizes.
         overrides: architecture values to change, e.g. {"vision.activation": "gelu"} (foreign checkpoints only).
+        ema: the averaged parameters of a training run.
 
     Returns:
         The module, its parameters as a nested dict, and the processor (None where the checkpoint has no tokenizer).
@@ -97,7 +99,7 @@ def load(
     opened = dataclasses.replace(opened, config=config)
     shardings = None if mesh is None else _shardings(opened, mesh, rules or ShardingConfig().rules)
     if opened.run is not None:
-        params = _restore(opened.run, shardings, dtype)
+        params = _restore(opened.run, shardings, dtype, ema)
     else:
         views = {name: cast(view, _stored(dtype or view.dtype)) for name, view in opened.params.items()}
         params = unflatten({name: _put(view, shardings and shardings[name]) for name, view in views.items()})
@@ -145,7 +147,7 @@ def open_model(path: str | Path, *, verify: Verify = "full", overrides: Mapping[
     if path.is_dir() and (path / "model_index.json").is_file() and (path / "text_encoder").is_dir():
         opened = open_model(path / "text_encoder", verify=verify, overrides=overrides)  # a diffusers pipeline
         return dataclasses.replace(opened, processor_folder=path / "tokenizer")
-    is_run = path.is_dir() and ((path / "checkpoints").is_dir() or path.absolute().parent.name == "checkpoints")
+    is_run = path.is_dir() and _workdir(path) is not None
     config = _json_beside(path)
     if is_run or "format_version" in config:
         if overrides:
@@ -195,6 +197,13 @@ def _open_folder(path: Path, config: Mapping[str, Any], verify: Verify) -> OpenM
     return OpenModel(family, architecture, views, path, "vlm model folder")
 
 
+def _workdir(path: Path) -> Path | None:
+    """The training workdir that a path is, or is the checkpoints folder or a step of."""
+    folders = (path, path.absolute().parent, path.absolute().parent.parent)
+    names = ("checkpoints", path.absolute().name, path.absolute().parent.name)
+    return next((f for f, n in zip(folders, names, strict=True) if n == "checkpoints" and (f / n).is_dir()), None)
+
+
 def _open_run(path: Path) -> OpenModel:
     from vlm.checkpoint import abstract_params
 
@@ -202,7 +211,8 @@ def _open_run(path: Path) -> OpenModel:
     family = get_family(str(settings.get("family")))
     inherited = {"dtype": settings["precision"]["compute"]}
     architecture = build(family.config_type, settings["model"], "model", inherited)
-    workdir = path if (path / "checkpoints").is_dir() else path.absolute().parent.parent
+    workdir = _workdir(path)
+    assert workdir is not None
 
     def unread(_: Any) -> np.ndarray:
         raise UserError(f"{path}: parameters of a training run are restored as a whole")
@@ -242,10 +252,10 @@ def _shardings(opened: OpenModel, mesh: Mesh, rules: Rules) -> dict[str, Any]:
     return flatten(named(place(_abstract(opened.family, opened.config), rules, dict(mesh.shape)), mesh))
 
 
-def _restore(run: Path, shardings: Mapping[str, Any] | None, dtype: str | None) -> dict[str, Any]:
+def _restore(run: Path, shardings: Mapping[str, Any] | None, dtype: str | None, ema: bool) -> dict[str, Any]:
     from vlm.checkpoint import restore_params
 
-    _, params = restore_params(run, shardings=None if shardings is None else unflatten(shardings))
+    _, params = restore_params(run, ema=ema, shardings=None if shardings is None else unflatten(shardings))
     return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(_stored(dtype)), params)
 
 
