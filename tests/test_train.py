@@ -202,6 +202,13 @@ def test_dry_run(tmp_path, data, capsys):
     assert re.search(r"^image\s+9x4x4x3\s+float32$", out, re.M)
 
 
+def test_dry_run_without_the_data_tells_the_batch_from_the_settings(capsys):
+    status, out, _ = run(f"--config={CONFIG}:/nowhere.jsonl", "--dry_run", capsys=capsys)
+    batch = out.split("== one batch\n")[1]
+    assert status == 0 and "/nowhere.jsonl" in batch
+    assert re.search(r"^tokens\s+8x4\s+int32$", batch, re.M) and "unused" not in batch
+
+
 def test_help_is_quick():
     began = time.monotonic()
     out = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ def describe(settings: Config, config: Any) -> str:
         ("configuration", to_json(config).rstrip()),
         ("parameters by module", _modules(state.params, parts.optimizer)),
         ("parameters", _parameters(state.params, parts.optimizer)),
-        ("memory per device", _memory(state, sizes)),
+        ("memory per device", _memory(state, parts.optimizer, sizes)),
         ("replicated although a rule would split them", _replicated(state)),
         ("one batch", _batch(settings, parts)),
     ]
@@ -78,7 +79,7 @@ def _parameters(params: Any, optimizer: Optimizer) -> str:
     return table(("path", "shape", "dtype", "split over", "training"), rows)
 
 
-def _memory(state: Any, sizes: Mapping[str, int]) -> str:
+def _memory(state: Any, optimizer: Optimizer, sizes: Mapping[str, int]) -> str:
     rows = []
     for name in ("params", "opt_state", "ema", "extra"):
         part = getattr(state, name)
@@ -86,7 +87,7 @@ def _memory(state: Any, sizes: Mapping[str, int]) -> str:
         rows.append((name, size(whole), size(sharding.bytes_per_device(part))))
     whole = sum(placement.size_in_bytes for placement in jax.tree.leaves(state))
     rows.append(("state", size(whole), size(sharding.bytes_per_device(state))))
-    gradients = sum(placement.bytes_per_device for placement in jax.tree.leaves(state.params))
+    gradients = sharding.bytes_per_device(optimizer.split(state.params)[0])
     mesh = " x ".join(f"{axis}={ways}" for axis, ways in sizes.items())
     note = f"mesh {mesh}; gradients add up to {size(gradients)}, activations come on top"
     return table(("part", "whole", "per device"), rows) + "\n" + note
@@ -98,23 +99,53 @@ def _replicated(state: Any) -> str:
 
 
 def _batch(settings: Config, parts: Experiment) -> str:
-    """One example through the processor; where its data are not here, what the architecture takes."""
-    note = ""
+    """One example through the processor; where its data are not here, what the loss reads of what could be made."""
+    note, batch = "", settings.data.batch_size
     try:
         processor = make_processor(settings, parts.family)
         sources, _ = open_sources(settings.data.sources)
         arrays: Mapping[str, Any] = processor.example(sources[0][0], np.random.default_rng(0), True)
         shapes = {name: (np.shape(value), np.asarray(value).dtype) for name, value in arrays.items()}
     except (UserError, OSError) as error:
-        note = f"\nthe model's inputs; an example of the data is not available here: {error}"
-        processor_settings = build(parts.family.processor_type, settings.processor, "processor")
-        length = getattr(processor_settings, "max_length", "L")
-        inputs = parts.family.example(parts.model_config).items()
-        cut = {name: (length,) if name in ("tokens", "mask") else x.shape[1:] for name, x in inputs}
-        shapes = {name: (cut[name], x.dtype) for name, x in inputs}
-    batch = settings.data.batch_size
+        note = f"\nfrom the settings; an example of the data is not available here: {error}"
+        rows = parts.family.processor.rows(build(parts.family.processor_type, settings.processor, "processor"))
+        read = _read_by_loss(
+            parts, {name: jax.ShapeDtypeStruct((batch, *row[0]), row[1]) for name, row in rows.items()}
+        )
+        shapes = {name: row for name, row in rows.items() if name in read}
     rows = [(name, "x".join(map(str, (batch, *shape))), str(dtype)) for name, (shape, dtype) in sorted(shapes.items())]
     return table(("array", "shape", "dtype"), rows) + note
+
+
+class _Watched(dict):
+    """A batch that notes which arrays are read."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401 - to be noted
+
+
+def _read_by_loss(parts: Experiment, batch: Mapping[str, Any]) -> set[str]:
+    """Traces the loss; arrays that only the data could tell (precomputed targets) end the trace early."""
+    read: set[str] = set()
+
+    def trace(state: Any, batch: Any) -> Any:
+        watched = _Watched(batch)
+        try:
+            return parts.loss(state.params, state.extra, watched, jax.random.key(0))[0]
+        finally:
+            read.update(watched.read)
+
+    with contextlib.suppress(KeyError, ValueError):
+        jax.eval_shape(trace, sharding.unbox(parts.init.abstract()), dict(batch))
+    return read
 
 
 def size(count: int) -> str:

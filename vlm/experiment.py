@@ -65,7 +65,7 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
         return family.init_extra(loss_config, key)
 
     def loss(params: Any, extra: Any, batch: Any, rng: jax.Array) -> Any:
-        return family.loss(model, params, extra, dict(batch), rng, loss_config)
+        return family.loss(model, params, extra, batch, rng, loss_config)
 
     paths = flatten(unbox(jax.eval_shape(lambda: init_params(jax.random.key(0)))))
     optimizer = make_optimizer(settings.optimizer, paths, settings.train.steps)

@@ -39,7 +39,8 @@ class Toy(nn.Module):
 
 
 def loss(model, params, extra, batch, rng, config):
-    x, y = model.apply({"params": params}, **batch, deterministic=False, rngs={"dropout": rng})
+    inputs = batch["image"], batch["tokens"], batch["mask"]
+    x, y = model.apply({"params": params}, *inputs, deterministic=False, rngs={"dropout": rng})
     logits = config.scale * (x @ y.T)
     value = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(len(x))).mean()
     return value, ({"contrastive": value}, {"seen": extra["seen"] + 1})
@@ -59,6 +60,11 @@ class ToyProcessor:
     @classmethod
     def from_config(cls, settings):
         return cls(settings.size, settings.poison)
+
+    @staticmethod
+    def rows(settings):
+        unused = {"unused": ((3,), "int32")}
+        return unused | {"image": ((4, 4, 3), "float32"), "tokens": ((4,), "int32"), "mask": ((4,), "bool")}
 
     def example(self, example, rng, train):
         text = np.frombuffer(example["text"].encode()[:4].ljust(4), np.uint8).astype(np.int32)

@@ -97,6 +97,15 @@ class Processor:
         options["mlm_probability"] = config.mlm_probability
         return cls(tokenizer, config.image, config.max_length, teacher, **options)
 
+    @staticmethod
+    def rows(config: ProcessorConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype, without batch axis, of everything `example` may make; opens no file."""
+        text = {"tokens": ((config.max_length,), "int32"), "mask": ((config.max_length,), "bool")}
+        teacher = {"teacher_tokens": ((TEACHER_LENGTH,), "int32"), "teacher_mask": ((TEACHER_LENGTH,), "bool")}
+        size = config.image.output_size
+        image = {"image": ((*size, 3), "float32" if config.normalise else "uint8")} if size else {}
+        return image | text | (teacher if config.teacher_tokenizer else {})
+
     def __call__(
         self,
         images: Sequence[ImageInput] | None = None,
