@@ -161,7 +161,11 @@ def load_processor(opened: OpenModel) -> Any:
     folder = opened.processor_folder
     if folder is None or not any(True for pattern in _PROCESSOR_FILES for _ in folder.glob(pattern)):
         return None
-    return opened.family.processor.load(folder)
+    processor = opened.family.processor.load(folder)
+    limit = opened.family.weights.max_tokens(opened.config)
+    if limit is not None:
+        processor.max_length = min(processor.max_length, limit)
+    return processor
 
 
 def expected_params(family: Family, config: Any) -> dict[str, Any]:

@@ -179,6 +179,13 @@ def assemble(text: Imported, vision: Imported, *, shapes: Shapes, seed: int = 0)
     return Imported(config, {path: params[path] for path in needed}, f"{text.layout} + {vision.layout}", notes)
 
 
+def max_tokens(config: AltCLIPConfig) -> int | None:
+    """Longest row of tokens that the text tower takes; None without one."""
+    if config.text is not None:
+        return config.text.max_tokens
+    return None if config.clip_text is None else config.clip_text.max_length
+
+
 def without(config: AltCLIPConfig, params: Mapping[str, Any]) -> AltCLIPConfig:
     """The architecture that has only the optional parts whose parameters are left."""
     parts = ("text_norm", "text_transformation", "text_transformation_pre", "lm_head")
