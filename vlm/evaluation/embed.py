@@ -11,13 +11,16 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
+from PIL import Image
 
 from vlm.data.batch import LoaderSettings
 from vlm.data.image import decode
@@ -61,6 +64,46 @@ class Embedder:
         """Rows of a batch over all devices."""
         ways = math.prod(self.mesh.shape[axis] for axis in self.batch_axes) if self.mesh is not None else 1
         return -(-self.batch_size // ways) * ways
+
+    def check(self, *, images: bool = True, texts: bool = True) -> None:
+        """Traces the model on one blank image and one text, without running it.
+
+        Raises:
+          UserError: it has no such tower or projection, its parameters do not fit, or the processor lacks a part.
+        """
+        calls: list[tuple[str, Any]] = []
+        if images:
+            calls.append(("encode_image", self.processor(images=[Image.new("RGB", (32, 32))])))
+        if texts:
+            calls.append(("encode_text", self.processor(texts=["a"])))
+        for method, batch in calls:
+            names = ("image",) if method == "encode_image" else ("tokens", "mask")
+            found = [np.asarray(batch[name]) for name in names]
+            inputs = tuple(jax.ShapeDtypeStruct((self.rows, *array.shape[1:]), array.dtype) for array in found)
+            row = jax.ShapeDtypeStruct((self.rows,), np.int32)
+            try:
+                jax.eval_shape(functools.partial(_apply, self.model, method, None), self.params, inputs, row, row)
+            except (AttributeError, TypeError, ValueError, FlaxError) as error:
+                what = " ".join(str(error).split())[:300]
+                raise UserError(f"this model and processor cannot {method.replace('_', ' an ')}: {what}") from error
+
+    def pictures(self, paths: Sequence[str | Path]) -> Float[np.ndarray, "n d"]:
+        """Unit embeddings of picture files, in order; on one host.
+
+        Raises:
+          UserError: one of them cannot be read.
+        """
+        parts: list[np.ndarray] = []
+        for start in range(0, len(paths), self.rows):
+            batch = self.processor(images=[decode(path) for path in paths[start : start + self.rows]])
+            count = len(batch["image"])
+            padded = np.resize(np.arange(count), self.rows)
+            image = np.asarray(batch["image"])[padded]
+            embeds, _, _ = self._encode(
+                "encode_image", [image], padded.astype(np.int32), np.ones(self.rows, bool), True
+            )
+            parts.append(embeds[:count])
+        return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
     def images(
         self, source: Source, note: Callable[[dict[str, Any]], Note], advance: Advance | None = None
@@ -157,6 +200,12 @@ class Embedder:
         tensors = tuple(arrays[name] for name in names)
         outputs = _apply(self.model, method, target, self.params, tensors, arrays["index"], arrays["valid"])
         embeds, index, valid = (np.asarray(output) for output in outputs)
+        bad = int((~np.isfinite(embeds).all(axis=1)).sum())
+        if bad:
+            what = method.removeprefix("encode_")
+            raise UserError(
+                f"{bad} of {len(embeds)} {what} embeddings are not finite unit vectors: has training diverged?"
+            )
         return embeds, index, valid
 
     def _sharding(self) -> NamedSharding:

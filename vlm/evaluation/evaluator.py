@@ -45,6 +45,11 @@ class Evaluator(Protocol):
         """Examples to go through, for progress."""
         ...
 
+    @property
+    def uses_text(self) -> bool:
+        """Whether the model's text tower is needed."""
+        ...
+
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Runs the model over the data; every host calls it and every host gets the result."""
         ...

@@ -65,6 +65,11 @@ class Extract:
         """Number of images."""
         return len(self.source)
 
+    @property
+    def uses_text(self) -> bool:
+        """Whether the model's text tower is needed."""
+        return self.config.text is not None
+
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Embeds everything; process 0 writes."""
         folder = self.folder if jax.process_index() == 0 else None

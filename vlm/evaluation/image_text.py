@@ -72,6 +72,11 @@ class Retrieval:
         """Number of images."""
         return len(self.source)
 
+    @property
+    def uses_text(self) -> bool:
+        """Whether the model's text tower is needed."""
+        return True
+
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Ranks all texts for every image and all images for every text."""
         images, notes = embedder.all_images(self.source, self._note, advance)

@@ -75,6 +75,11 @@ class LinearProbe:
         """Number of images."""
         return len(self.train) + len(self.source)
 
+    @property
+    def uses_text(self) -> bool:
+        """Whether the model's text tower is needed."""
+        return False
+
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Embeds both parts, fits, and classifies the test part."""
         features, notes = embedder.all_images(self.train, self._note, advance)

@@ -111,6 +111,8 @@ def run(
         current = jax.sharding.get_mesh()
         mesh = None if current.empty else current
     embedder = Embedder(model, params, processor, mesh, batch_axes)
+    if plan.evaluators:
+        embedder.check(texts=any(evaluator.uses_text for evaluator, _ in plan.evaluators.values()))
     results: dict[str, Result] = {}
     for name, (evaluator, feeding) in plan.evaluators.items():
         fed = dataclasses.replace(embedder, batch_size=feeding.batch_size, num_workers=feeding.num_workers)

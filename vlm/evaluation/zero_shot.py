@@ -96,6 +96,11 @@ class ZeroShot:
         """Number of images."""
         return len(self.source)
 
+    @property
+    def uses_text(self) -> bool:
+        """Whether the model's text tower is needed."""
+        return True
+
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Classifies every image."""
         numbers = list(self.config.classes) or list(range(len(self.names)))

@@ -1,0 +1,127 @@
+"""Running the evaluations of a configuration: settings at the door, files whole or not there."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
+
+from vlm import evaluation
+from vlm.errors import UserError
+
+NAMES = ("red", "green", "blue", "yellow", "white")
+
+
+def specs(data, **more):
+    zero_shot = {"kind": "zero_shot", "data": data, "classnames": NAMES, "bootstrap": {"resamples": 20}}
+    return {
+        "colours": zero_shot | {"pictures": 4, "batch_size": 8, "language": "en"},
+        "pairs": {"kind": "retrieval", "data": data, "pictures": 2, "bootstrap": {"resamples": 0}},
+        **more,
+    }
+
+
+def test_results_files(model, params, processor, colours, tmp_path):
+    data, _ = colours(count=12, noise=150, broken=(5,))
+    output = tmp_path / "out" / "first.json"
+    extra = {"vectors": {"kind": "embeddings", "data": data, "text": "text"}}
+    given = ConfigDict(specs(data, **extra))
+    metrics = evaluation.run(given, model, params, processor, output=output, about={"checkpoint": "/c"}, progress=False)
+    assert {"colours/top1", "pairs/mean_recall", "vectors/images"} <= metrics.keys()
+    found = json.loads(output.read_text())
+    assert found["metrics"] == metrics and found["format_version"] == 1 and found["checkpoint"] == "/c"
+    colour = found["evaluations"]["colours"]
+    assert (colour["n"], colour["unreadable"], colour["language"]) == (11, 1, "en")
+    assert colour["config"]["classnames"] == list(NAMES) and len(colour["templates_sha256"]) == 64
+    assert colour["data_fingerprint"] and len(colour["intervals_95"]["top1"]) == 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / "first.colours.jsonl").read_text().splitlines()]
+    assert len(lines) == 11 and np.mean([line["correct"] for line in lines]) == pytest.approx(metrics["colours/top1"])
+    assert (tmp_path / "out" / "first.html").read_text().count("data:image/png;base64,") >= 4
+    assert np.load(tmp_path / "out" / "first" / "vectors" / "image-00000-of-00001.npy").shape == (11, 8)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"first.json", "first.html", "first.colours.jsonl", "first.pairs.jsonl", "first"}
+
+
+def test_equal_on_a_mesh_and_without_a_file(model, params, processor, colours):
+    data, _ = colours(count=11, noise=150)
+    plan = evaluation.prepare(specs(data))
+    plain = evaluation.run(plan, model, params, processor, progress=False)
+    grid = np.asarray(jax.devices()[:8]).reshape(2, 2, 2)
+    with jax.set_mesh(Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)):
+        sharded = evaluation.run(plan, model, params, processor, progress=False)
+    assert plain == pytest.approx(sharded, abs=1e-9)
+
+
+def test_progress_is_shown(model, params, processor, colours, capsys):
+    data, _ = colours(count=5)
+    evaluation.run(specs(data), model, params, processor)
+    err = capsys.readouterr().err
+    assert "colours 5/5" in err and "examples/s" in err
+
+
+def test_limit(model, params, processor, colours):
+    data, _ = colours(count=9)
+    plan = evaluation.prepare(specs(data), limit=4)
+    assert [evaluator.size for evaluator, _ in plan.evaluators.values()] == [4, 4]
+    with pytest.raises(UserError, match="--limit"):
+        evaluation.prepare(specs(data), limit=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "message"),
+    [
+        ("a", {"kind": "zero-shot"}, "did you mean 'zero_shot'"),
+        ("a", {}, "unknown evaluation None"),
+        ("a", "zero_shot", "expected a mapping"),
+        ("../a", {"kind": "retrieval"}, "is not a name"),
+        (".a", {"kind": "retrieval"}, "is not a name"),
+        ("a", {"kind": "retrieval"}, "config.eval.a.data is required"),
+        ("a", {"kind": "retrieval", "data": {}, "caption": 1}, "did you mean 'captions'"),
+        ("a", {"kind": "retrieval", "data": {}, "captions": "five"}, "config.eval.a.captions: expected"),
+        ("a", {"kind": "retrieval", "data": {}, "captions": 0}, "captions: expected at least 1"),
+        ("a", {"kind": "retrieval", "data": {}, "batch_size": 0}, "batch_size of at least 1"),
+        ("a", {"kind": "retrieval", "data": {}, "bootstrap": {"resamples": -1}}, "resamples"),
+        ("a", {"kind": "retrieval", "data": {"kind": "tfd"}}, "config.eval.a.data: .*unknown kind 'tfd'"),
+        ("a", {"kind": "retrieval", "data": {"kind": "jsonl", "path": "/nowhere.jsonl"}}, "/nowhere.jsonl"),
+        ("a", {"kind": "embeddings", "data": {}, "shard_size": 0}, "shard_size"),
+        ("a", {"kind": "linear_probe", "train": {}, "data": {}, "solver": "svm"}, "'lbfgs', 'sklearn'"),
+    ],
+)
+def test_wrong_settings_are_one_line(name, spec, message):
+    with pytest.raises(UserError, match=message) as caught:
+        evaluation.prepare({name: spec})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_cannot_is_named_before_any_work(model, params, processor, colours):
+    data, _ = colours(count=4)
+    wrong = params | {"projection": jnp.zeros((5, 8))}
+    with pytest.raises(UserError, match="cannot encode an image: dot_general"):
+        evaluation.run(specs(data), model, wrong, processor)
+    with pytest.raises(UserError, match="no tokenizer and image settings"):
+        evaluation.run(specs(data), model, params, None)
+
+
+def test_outputs_that_cannot_be_written(model, params, processor, colours, tmp_path):
+    data, _ = colours(count=4)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dir.json").mkdir()
+    for name, message in [("x.txt", "ends in .json"), ("file/x.json", "cannot write"), ("dir.json", "is a folder")]:
+        with pytest.raises(UserError, match=message):
+            evaluation.run(specs(data), model, params, processor, output=tmp_path / name)
+
+
+def test_a_failure_leaves_no_file(model, params, processor, colours, tmp_path):
+    data, _ = colours(count=9, label=lambda i: 99 if i == 7 else i % 5)
+    with pytest.raises(UserError, match="config.eval.colours: .*label 99"):
+        evaluation.run(specs(data), model, params, processor, output=tmp_path / "out" / "r.json", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_that_are_not_numbers_are_named(model, params, processor, colours):
+    data, _ = colours(count=4)
+    with pytest.raises(UserError, match="config.eval.colours: .* text embeddings are not finite"):
+        evaluation.run(specs(data), model, jax.tree.map(lambda x: x * np.nan, params), processor, progress=False)
