@@ -69,7 +69,8 @@ class Checkpoints:
         self._tested = False
         self._lock = steps.WriterLock(self.directory)
         logging.get_absl_logger().addFilter(_ALREADY_RAISED)
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        # Weights hardly compress (7 %), and trying costs more than all verification: see benchmarks/checkpoint.py.
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         from_primary(self._open)
 
     def _open(self) -> None:
