@@ -87,6 +87,7 @@ def evaluate(config: Any, settings: Config, options: argparse.Namespace) -> dict
 
 def _about(config: Any, options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on beside the data."""
+    import vlm
     from vlm.workdir import environment
 
     return {
@@ -95,6 +96,7 @@ def _about(config: Any, options: argparse.Namespace) -> dict[str, Any]:
         "config_sha256": config_hash(config),
         "limit": options.limit,
         "dtype": options.dtype,
+        "code": f"vlm {vlm.__version__}",
         "environment": environment(),
     }
 

@@ -1,0 +1,88 @@
+"""Two real processes with two devices each: the same metrics and the same contrastive loss as one device."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from vlm import evaluation, losses
+
+PROGRAM = """
+import sys, json, runpy
+import jax, numpy as np, jax.numpy as jnp
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from vlm import evaluation, losses
+
+fake = runpy.run_path(sys.argv[3])
+specs, words, projection, image, text = json.loads(sys.argv[4])
+mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+params = {"words": np.asarray(words, np.float32), "projection": np.asarray(projection, np.float32)}
+params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+
+def spread(rows):
+    rows = np.asarray(rows, np.float32)
+    return jax.make_array_from_callback(rows.shape, split, lambda index: rows[index])
+
+with jax.set_mesh(mesh):
+    metrics = evaluation.run(specs, fake["ColourModel"](), params, fake["ColourProcessor"](), output=sys.argv[5])
+    for form in ("rows", "ring"):
+        loss = lambda a, b: losses.contrastive(a, b, 10.0, form=form)
+        value, gradient = jax.jit(jax.value_and_grad(loss))(spread(image), spread(text))
+        metrics[form] = float(value)
+        metrics[form + "_gradient"] = float(jnp.sum(gradient * gradient))
+print(json.dumps(metrics))
+"""
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def test_two_processes_equal_one(model, params, processor, colours, tmp_path):
+    data, _ = colours(count=11, noise=150, broken=(4,))
+    bootstrap = {"resamples": 10}
+    names = ("red", "green", "blue", "yellow", "white")
+    specs = {
+        "colours": {"kind": "zero_shot", "data": data, "classnames": names, "batch_size": 3, "bootstrap": bootstrap},
+        "pairs": {"kind": "retrieval", "data": data, "batch_size": 3, "bootstrap": bootstrap},
+    }
+    rng = np.random.default_rng(0)
+    image, text = rng.normal(size=(8, 4)), rng.normal(size=(8, 4))
+    expected = evaluation.run(specs, model, params, processor, output=tmp_path / "one" / "r.json", progress=False)
+    for form in ("rows", "ring"):
+        value, gradient = jax.value_and_grad(lambda a, b: losses.contrastive(a, b, 10.0))(
+            *map(np.float32, (image, text))
+        )
+        expected |= {form: float(value), f"{form}_gradient": float((gradient**2).sum())}
+
+    values = [specs, *(np.asarray(value).tolist() for value in (params["words"], params["projection"], image, text))]
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+    port, fake = f"localhost:{free_port()}", str(pathlib.Path(__file__).with_name("conftest.py"))
+    commands = [
+        [sys.executable, "-c", PROGRAM, port, str(host), fake, json.dumps(values), str(tmp_path / "two" / "r.json")]
+        for host in range(2)
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (out, err) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, err[-3000:]
+        assert json.loads(out.splitlines()[-1]) == pytest.approx(expected, rel=1e-5)
+    for name in ("r.colours.jsonl", "r.pairs.jsonl"):
+        one, two = (
+            [json.loads(line) for line in (tmp_path / n / name).read_text().splitlines()] for n in ("one", "two")
+        )
+        assert len(one) == len(two)
+        for theirs, ours in zip(one, two, strict=True):
+            assert {**theirs, "top": None} == {**ours, "top": None}  # scores differ in the last digit
