@@ -2,8 +2,9 @@
 
 Importing jax and orbax takes seconds, a run of a tiny model a fraction of one. So this process imports once, without
 initialising a backend, and forks a child per run; the children are ordinary processes that can be killed. It
-reads one JSON request per line, {"workdir", "kill_after": seconds | null, "die_at": point | null, "file_limit":
-bytes | null}, and answers with {"status": exit status or -signal, "seconds"}.
+reads one JSON request per line, {"workdir", "kill_after": [steps, share of a step] | null, "die_at": point |
+null, "file_limit": bytes | null}, and answers with the exit status, or minus the signal. Moments are counted in steps,
+not seconds, so that they are spread alike over a run on an idle and on a busy machine.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import json
 import os
 import pathlib
 import resource
-import select
 import signal
 import sys
 import time
@@ -50,7 +50,7 @@ def initial_state():
     return jax.device_put({"params": params, "opt_state": jax.tree.map(np.zeros_like, params), "step": np.int32(0)})
 
 
-def run(workdir: pathlib.Path, file_limit: int | None) -> None:
+def run(workdir: pathlib.Path, file_limit: int | None, progress: int) -> None:
     """Trains to the end from wherever the workdir is; notes in its log what was durable when."""
     workdir.mkdir(exist_ok=True)
     log = (workdir / "log").open("a", buffering=1)
@@ -69,6 +69,7 @@ def run(workdir: pathlib.Path, file_limit: int | None) -> None:
         if step % EVERY == 0:
             checkpoints.save(step, state, {"position": position}, "hash")
             log.write(f"durable {step - EVERY if step - EVERY > start else start}\n")
+        os.write(progress, b".")
         if step == 6 and file_limit:
             checkpoints.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
@@ -88,6 +89,8 @@ def die_at(point: str) -> None:
             calls["count"] += 1
             fatal = calls["count"] == 4
             if fatal and before:
+                if point == "deletion":  # half done
+                    next(pathlib.Path(args[0]).glob("d/*")).unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
             result = honest(*args, **kwargs)
             if fatal:
@@ -107,39 +110,54 @@ def die_at(point: str) -> None:
     kill(*where[point])
 
 
-def child(request: dict) -> None:
+def child(request: dict, progress: int) -> None:
     if request.get("die_at"):
         die_at(request["die_at"])
     with exit_on_user_error():
-        run(pathlib.Path(request["workdir"]), request.get("file_limit"))
+        run(pathlib.Path(request["workdir"]), request.get("file_limit"), progress)
+
+
+def start(request: dict) -> tuple[int, int]:
+    """Forks a run; returns its process id and the pipe that brings a byte per step."""
+    steps_done, progress = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jax warns of forks; its threads do not exist yet
+        pid = os.fork()
+    if pid:
+        os.close(progress)
+        return pid, steps_done
+    status = 1
+    try:
+        child(request, progress)
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def kill_after(pid: int, steps_done: int, steps: int, share: float) -> None:
+    """Kills a run `share` of a step's time after its number of steps, unless it ends before."""
+    began, count, times = time.monotonic(), 0, [0.02]
+    while count < steps and os.read(steps_done, 1):
+        count += 1
+        times.append(time.monotonic() - began)
+    time.sleep(share * times[-1] / len(times) * 2)
+    os.kill(pid, signal.SIGKILL)  # not yet waited for, so the number is still its own
 
 
 def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
-        started = time.monotonic()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # jax warns of forks; its threads do not exist yet
-            pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                child(request)
-                status = 0
-            except SystemExit as end:
-                status = int(end.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        ended = os.pidfd_open(pid)
-        if not select.select([ended], [], [], request.get("kill_after"))[0]:
-            os.kill(pid, signal.SIGKILL)
-        os.close(ended)
+        pid, steps_done = start(request)
+        if request.get("kill_after"):
+            kill_after(pid, steps_done, *request["kill_after"])
         _, code = os.waitpid(pid, 0)
-        answer = {"status": os.waitstatus_to_exitcode(code), "seconds": time.monotonic() - started}
-        print(json.dumps(answer), flush=True)
+        os.close(steps_done)
+        print(os.waitstatus_to_exitcode(code), flush=True)
 
 
 if __name__ == "__main__":
