@@ -11,6 +11,7 @@ evaluation (a line per example) and an .html page beside it. The last line on st
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -67,10 +68,11 @@ def evaluate(config: Any, settings: Config, options: argparse.Namespace) -> dict
     if options.output:
         evaluation.check_output(Path(options.output))
     plan = evaluation.prepare(specs, limit=options.limit)
+    checkpoint = _pinned(Path(options.checkpoint))
     mesh, rules = sharding.make_mesh(settings.sharding.mesh), settings.sharding.rules
     axes = dict(rules).get("batch") or ()
     with sharding.use(mesh, rules):
-        model, params, processor = vlm.load(options.checkpoint, mesh=mesh, rules=rules, dtype=options.dtype)
+        model, params, processor = vlm.load(checkpoint, mesh=mesh, rules=rules, dtype=options.dtype)
         metrics = evaluation.run(
             plan,
             model,
@@ -79,19 +81,33 @@ def evaluate(config: Any, settings: Config, options: argparse.Namespace) -> dict
             mesh=mesh,
             batch_axes=(axes,) if isinstance(axes, str) else tuple(axes),
             output=options.output,
-            about=_about(config, options),
+            about=_about(checkpoint, config, options),
             progress=jax.process_index() == 0,
         )
     return metrics
 
 
-def _about(config: Any, options: argparse.Namespace) -> dict[str, Any]:
+def _pinned(path: Path) -> Path:
+    """Of a training workdir the newest step as of now, so that what is recorded is what is loaded."""
+    if not (path / "checkpoints").is_dir():
+        return path
+    from vlm.checkpoint.reading import find_step
+
+    return find_step(path)
+
+
+def _about(checkpoint: Path, config: Any, options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on beside the data."""
     import vlm
+    from vlm.manifest import MANIFEST_NAME
     from vlm.workdir import environment
 
+    manifest = checkpoint / MANIFEST_NAME
+    is_step = checkpoint.resolve().parent.name == "checkpoints" and checkpoint.name.isdigit()
     return {
-        "checkpoint": str(Path(options.checkpoint).resolve()),
+        "checkpoint": str(checkpoint.resolve()),
+        "checkpoint_manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
+        "step": int(checkpoint.name) if is_step else None,
         "config": options.config,
         "config_sha256": config_hash(config),
         "limit": options.limit,

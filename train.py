@@ -119,8 +119,13 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
             position = {"step": number, "fingerprint": loader.fingerprint}
             checkpoints.save(number, state, position, config_hash(config), wait=wait)
 
-        def evaluate(state: Any) -> dict[str, float]:
-            return evaluation.run(evaluations, parts.model, state.params, processor, mesh=mesh, progress=False)
+        def evaluate(number: int, state: Any) -> dict[str, float]:
+            output, about = (
+                workdir / "eval" / f"step_{number:08d}.json",
+                {"step": number, "config": config_hash(config)},
+            )
+            settled = {"mesh": mesh, "output": output, "about": about, "progress": False}
+            return evaluation.run(evaluations, parts.model, state.params, processor, **settled)
 
         return loop(settings, state, step, first, feed, report, save, evaluate, preemption)
 
@@ -183,7 +188,7 @@ def loop(
             item = next(feed)  # while the step runs
         if settings.eval and due(number, settings.train.eval_every) and not stopping:
             with report.paused():
-                report.evaluated(number, evaluate(state))
+                report.evaluated(number, evaluate(number, state))
         if stopping or number == last or due(number, settings.train.checkpoint_every):
             with report.paused():
                 save(number, state, wait=stopping or number == last)

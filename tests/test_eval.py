@@ -1,5 +1,6 @@
 """The command on a real model folder: last line, files, status 2 with one line for every wrong input."""
 
+import hashlib
 import json
 import pathlib
 import runpy
@@ -92,6 +93,8 @@ def test_results(run, checkpoint, config, tmp_path):
     assert {"animals/top1", "pairs/mean_recall"} <= metrics.keys() and "pairs 7/7" in err
     found = json.loads(output.read_text())
     assert found["metrics"] == metrics and found["checkpoint"] == str(checkpoint)
+    manifest = (checkpoint / "vlm_manifest.json").read_bytes()
+    assert found["checkpoint_manifest_sha256"] == hashlib.sha256(manifest).hexdigest() and found["step"] is None
     assert len(found["config_sha256"]) == 64 and found["environment"]["versions"]["jax"] and found["code"]
     assert found["evaluations"]["animals"]["n"] == 7
     assert {path.name for path in output.parent.iterdir()} == {
