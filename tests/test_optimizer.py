@@ -25,13 +25,13 @@ def tree(seed):
 
 
 def run(optimizer, params, steps, gradient=tree):
-    state = optimizer.transform.init(optimizer.split(params)[0])
+    state = optimizer.rule.init(optimizer.split(params)[0])
     for step in range(steps):
         trainable, frozen = optimizer.split(params)
         grads, _ = optimizer.split(gradient(step))
-        directions, state = optimizer.transform.update(grads, state, trainable)
-        sizes = optimizer.step_sizes(optimizer.schedule(step))
-        trainable = jax.tree.map(lambda p, s, d: p - s * d, trainable, sizes, directions)
+        norm, sizes = optax.tree.norm(grads), optimizer.step_sizes(optimizer.schedule(step))
+        trainable, state, good = optimizer.rule.apply(grads, norm, state, trainable, sizes, jnp.array(True))
+        assert good
         params = merge(trainable, frozen)
     return params, state
 
@@ -94,7 +94,7 @@ def test_groups_freeze_scale_and_decay():
     np.testing.assert_allclose(after["text"]["bias"], expected, rtol=1e-6)
     assert optimizer.decay == {"text/kernel": 0.2, "text/bias": 0.0, "logit_scale": 0.0}
     adam = make_optimizer(OptimizerConfig(groups=groups), PATHS, 1)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(adam.transform.init(adam.split(before)[0]))}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(adam.rule.init(adam.split(before)[0]))}
     assert (2, 2) not in shapes and (4, 3) in shapes
 
 

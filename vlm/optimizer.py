@@ -1,8 +1,7 @@
-"""The update rule: which parameters learn, how fast, and by which optax transformation.
+"""The update rule: which parameters learn, how fast, and how.
 
 Frozen parameters are taken out of the tree before anything else happens: no gradient is computed for them, they have
-no optimizer state, they count in no norm. The learning rate is a function of the step and is applied outside the
-optax chain, so that a skipped step leaves the optimizer state untouched.
+no optimizer state, they count in no norm. A step that is not finite leaves parameters and optimizer state untouched.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +30,14 @@ class Optimizer:
       groups: the settings of every parameter, by path.
       decay: weight decay of every trainable parameter, by path.
       schedule: step → learning rate.
-      transform: gradients → descent directions at learning rate 1 (clipped, decayed, sign not yet flipped).
+      rule: how gradients change parameters.
       ema_decay: None without an average.
     """
 
     groups: Mapping[str, GroupConfig]
     decay: Mapping[str, float]
     schedule: optax.Schedule
-    transform: optax.GradientTransformation
+    rule: Rule
     ema_decay: float | None
 
     def split(self, params: Params) -> tuple[Params, Params]:
@@ -51,6 +50,89 @@ class Optimizer:
         """The learning rate of every trainable parameter."""
         groups = self.groups.items()
         return unflatten({path: learning_rate * g.lr_multiplier for path, g in groups if not g.freeze})
+
+
+class Rule(Protocol):
+    """An update rule with clipping and decoupled weight decay."""
+
+    def init(self, params: Params) -> Any:
+        """State at step 0."""
+        ...
+
+    def apply(
+        self, grads: Params, grad_norm: jax.Array, state: Any, params: Params, step_sizes: Params, good: jax.Array
+    ) -> tuple[Params, Any, jax.Array]:
+        """Returns (parameters, state, good); unless `good`, parameters and state are the given ones, bit for bit.
+
+        Args:
+          grad_norm: global norm of `grads`; step_sizes: learning rate of each parameter.
+          good: bool[], whether loss and gradients are finite; the result may be false where it was true.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) on clipped gradients.
+
+    Equal to optax's, but written so that the compiled step changes parameters and moments where they lie: the
+    direction is computed from the guarded moments, which are outputs anyway. Guarding optax's results instead keeps
+    four more copies of the parameters and takes three times as long on CPU.
+    """
+
+    b1: float
+    b2: float
+    eps: float
+    clip_norm: float | None
+    decay: Params
+
+    def init(self, params: Params) -> dict[str, Any]:
+        """Zero moments."""
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return {"count": jnp.zeros((), jnp.int32), "mu": zeros, "nu": jax.tree.map(jnp.zeros_like, params)}
+
+    def apply(
+        self, grads: Params, grad_norm: jax.Array, state: Any, params: Params, step_sizes: Params, good: jax.Array
+    ) -> tuple[Params, Any, jax.Array]:
+        """See `Rule`."""
+        good = good & jax.tree.reduce(lambda ok, size: ok & jnp.isfinite(size), step_sizes, good)
+        divisor = jnp.ones(()) if self.clip_norm is None else jnp.maximum(grad_norm / self.clip_norm, 1.0)
+        count = state["count"] + good.astype(jnp.int32)
+        b1, b2 = self.b1, self.b2
+        keep = lambda after, before: jnp.where(good, after, before)  # noqa: E731
+        mu = jax.tree.map(lambda g, m: keep(b1 * m + (1 - b1) * (g / divisor), m), grads, state["mu"])
+        nu = jax.tree.map(lambda g, v: keep(b2 * v + (1 - b2) * jnp.square(g / divisor), v), grads, state["nu"])
+        corrected = jnp.maximum(count, 1).astype(jnp.float32)
+        first, second = 1 - b1**corrected, 1 - b2**corrected
+
+        def move(p: jax.Array, m: jax.Array, v: jax.Array, size: jax.Array, decay: float) -> jax.Array:
+            direction = (m / first) / (jnp.sqrt(v / second) + self.eps)
+            return keep(p - size * (direction + decay * p if decay else direction), p)
+
+        params = jax.tree.map(move, params, mu, nu, step_sizes, self.decay)
+        return params, {"count": count, "mu": mu, "nu": nu}, good
+
+
+@dataclasses.dataclass(frozen=True)
+class Optax:
+    """Any optax transformation from gradients to descent directions at learning rate 1 (sign not yet flipped)."""
+
+    transform: optax.GradientTransformation
+
+    def init(self, params: Params) -> Any:
+        """The transformation's state."""
+        return self.transform.init(params)
+
+    def apply(
+        self, grads: Params, grad_norm: jax.Array, state: Any, params: Params, step_sizes: Params, good: jax.Array
+    ) -> tuple[Params, Any, jax.Array]:
+        """See `Rule`; a step whose update is not finite is not good either."""
+        directions, after = self.transform.update(grads, state, params)
+        updates = jax.tree.map(lambda size, d: -size * d, step_sizes, directions)
+        good = good & jnp.isfinite(optax.tree.norm(updates))
+        new = optax.apply_updates(params, updates)
+        kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), (new, after), (params, state))
+        return *kept, good
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
@@ -69,13 +151,8 @@ def make_optimizer(config: OptimizerConfig, paths: Iterable[str], steps: int) ->
     if not trainable:
         raise UserError("config.optimizer.groups freeze every parameter: nothing is left to train")
     decay = {path: _decay(config, groups[path], path) for path in trainable}
-    rule = _rule(config)
-    chain = [
-        optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm is not None else optax.identity(),
-        rule,
-        _decoupled_decay(decay),
-    ]
-    return Optimizer(groups, decay, learning_rate(config, steps), optax.chain(*chain), config.ema_decay)
+    rule = _rule(config, unflatten(decay))
+    return Optimizer(groups, decay, learning_rate(config, steps), rule, config.ema_decay)
 
 
 def _decay(config: OptimizerConfig, group: GroupConfig, path: str) -> float:
@@ -88,28 +165,29 @@ def _decay(config: OptimizerConfig, group: GroupConfig, path: str) -> float:
     return config.weight_decay if group.weight_decay is None else group.weight_decay
 
 
-def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
+def _rule(config: OptimizerConfig, decay: Params) -> Rule:
     b1, b2 = config.betas
     if config.name == "adamw":
-        return optax.scale_by_adam(b1, b2, config.eps)
+        return Adam(b1, b2, config.eps, config.grad_clip_norm, decay)
+    clip = optax.identity() if config.grad_clip_norm is None else optax.clip_by_global_norm(config.grad_clip_norm)
     if config.name == "lion":
-        return optax.scale_by_lion(b1, b2)
-    if config.name == "sgd":
-        return optax.trace(b1) if b1 else optax.identity()
-    return optax.chain(  # Adafactor (Shazeer & Stern 2018) without momentum; a stack of layers is one matrix stack
-        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-    )
+        rule = optax.scale_by_lion(b1, b2)
+    elif config.name == "sgd":
+        rule = optax.trace(b1) if b1 else optax.identity()
+    else:  # Adafactor (Shazeer & Stern 2018) without momentum; a stack of layers is one matrix stack
+        rule = optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+        )
+    return Optax(optax.chain(clip, rule, _decoupled_decay(decay)))
 
 
-def _decoupled_decay(decay: Mapping[str, float]) -> optax.GradientTransformation:
-    weights = unflatten(decay)
-
+def _decoupled_decay(weights: Params) -> optax.GradientTransformation:
     def update(updates: Any, params: Any) -> Any:
         if params is None:
             raise ValueError("weight decay needs the parameters")
         return jax.tree.map(lambda u, p, w: u + w * p if w else u, updates, params, weights)
 
-    return optax.stateless(update) if any(decay.values()) else optax.identity()
+    return optax.stateless(update) if any(jax.tree.leaves(weights)) else optax.identity()
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

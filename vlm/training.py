@@ -81,7 +81,7 @@ class StateInit:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=begun["params"],
-            opt_state=self.optimizer.transform.init(trainable),
+            opt_state=self.optimizer.rule.init(trainable),
             ema=jax.tree.map(jnp.copy, trainable) if self.optimizer.ema_decay is not None else {},
             extra=begun["extra"],
             bad_steps={"total": jnp.zeros((), jnp.int32), "consecutive": jnp.zeros((), jnp.int32)},
@@ -147,7 +147,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds one training step, a pure function.
 
-    Randomness is a function of (seed, step, micro-batch). If the loss, the gradient or the update is not finite, the
+    Randomness is a function of (seed, step, micro-batch). If the loss or the gradient is not finite, the
     step changes nothing but `step` and `bad_steps`: parameters, optimizer state, EMA and extra stay bit for bit.
 
     With `accumulation_steps` > 1 the batch is cut into that many micro-batches (rows i, i + A, i + 2A, …, so that no
@@ -168,18 +168,14 @@ def make_train_step(
         (value, (terms, extra)), grads = _accumulate(gradient, accumulation_steps)(trainable, state.extra, batch, rng)
 
         grad_norm = optax.tree.norm(grads)
-        directions, opt_state = optimizer.transform.update(grads, state.opt_state, trainable)
         learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
-        updates = jax.tree.map(lambda d, size: -size * d, directions, optimizer.step_sizes(learning_rate))
-        update_norm = optax.tree.norm(updates)
-        new = optax.apply_updates(trainable, updates)
+        good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        new, opt_state, good = optimizer.rule.apply(
+            grads, grad_norm, state.opt_state, trainable, optimizer.step_sizes(learning_rate), good
+        )
         ema = update_ema(state.ema, new, optimizer.ema_decay) if optimizer.ema_decay is not None else state.ema
-
-        good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        new, opt_state, ema, extra = jax.tree.map(
-            lambda after, before: jnp.where(good, after, before),
-            (new, opt_state, ema, extra),
-            (trainable, state.opt_state, state.ema, state.extra),
+        ema, extra = jax.tree.map(
+            lambda after, before: jnp.where(good, after, before), (ema, extra), (state.ema, state.extra)
         )
         bad = 1 - good.astype(jnp.int32)
         bad_steps = {
@@ -191,7 +187,6 @@ def make_train_step(
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(new),
-            "update_norm": update_norm,
             "bad_steps": bad_steps["total"],
             "bad_steps_in_a_row": bad_steps["consecutive"],
         }
