@@ -14,6 +14,8 @@ from vlm.errors import UserError
 
 NAMES = ("red", "green", "blue", "yellow", "white")
 
+FIELDS = {"image": "image", "label": "label"}
+
 
 def specs(data, **more):
     zero_shot = {"kind": "zero_shot", "data": data, "classnames": NAMES, "bootstrap": {"resamples": 20}}
@@ -53,6 +55,26 @@ def test_equal_on_a_mesh_and_without_a_file(model, params, processor, colours):
     with jax.set_mesh(Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)):
         sharded = evaluation.run(plan, model, params, processor, progress=False)
     assert plain == pytest.approx(sharded, abs=1e-9)
+
+
+def test_one_data_set_in_several_languages_is_embedded_once(model, params, processor, colours):
+    data, _ = colours(count=10, noise=255, broken=(3,))
+    other, _ = colours(count=10, noise=0, name="other")
+    seen = []
+
+    class Counting(type(processor)):
+        def __call__(self, images=None, texts=None):
+            seen.extend(images or ())
+            return super().__call__(images, texts)
+
+    german = specs(data)["colours"] | {"classnames": ("rot", *NAMES[1:]), "data": data | {"fields": FIELDS}}
+    english = specs(data)["colours"] | {"data": data | {"fields": FIELDS | {"label": "word"}}}
+    plan = {"en": english, "de": german, "other": specs(other)["colours"]}
+    metrics = evaluation.run(plan, model, params, Counting(), progress=False)
+    # One blank image to check the model; unreadable images never reach the processor, their stand-ins do.
+    assert len(seen) == 1 + 16 + 16
+    alone = evaluation.run({"de": german}, model, params, processor, progress=False)
+    assert alone["de/top1"] == metrics["de/top1"] == metrics["en/top1"] and metrics["other/top1"] != metrics["en/top1"]
 
 
 def test_progress_is_shown(model, params, processor, colours, capsys):

@@ -49,6 +49,8 @@ class Embedder:
       batch_axes: mesh axes that the rows of a batch are split over.
       batch_size: rows over all devices, rounded up to a multiple of them.
       num_workers: threads per host that decode images.
+      memory: the image embeddings of the last data set, so that evaluations of one set in several languages run the
+        image tower once; see `all_images`.
     """
 
     model: Any
@@ -58,6 +60,7 @@ class Embedder:
     batch_axes: tuple[str, ...] = ("data", "fsdp")
     batch_size: int = 64
     num_workers: int = 2
+    memory: dict[str, tuple[np.ndarray, list[int]]] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -142,11 +145,29 @@ class Embedder:
             raise UserError(f"{source.name}: no image could be read, the first: {loader.ledger.entries[0].error}")
 
     def all_images(
-        self, source: Source, note: Callable[[dict[str, Any]], Note], advance: Advance | None = None
+        self,
+        source: Source,
+        note: Callable[[dict[str, Any]], Note],
+        advance: Advance | None = None,
+        key: str | None = None,
     ) -> tuple[Float[np.ndarray, "n d"], list[Note]]:
-        """What `images` yields, as one array and one list."""
+        """What `images` yields, as one array and one list.
+
+        Args:
+          key: says which images these are; where it is the last call's, their embeddings are not computed again.
+        """
+        if key is not None and key in self.memory:
+            embeds, indices = self.memory[key]
+            notes = [{"index": index, **note(source[index])} for index in indices]
+            if advance is not None:
+                advance(len(source))
+            return embeds, notes
         parts = list(self.images(source, note, advance))
-        return np.concatenate([embeds for embeds, _ in parts]), [note for _, notes in parts for note in notes]
+        embeds, notes = np.concatenate([embeds for embeds, _ in parts]), [note for _, notes in parts for note in notes]
+        if key is not None:
+            self.memory.clear()
+            self.memory[key] = embeds, [note["index"] for note in notes]
+        return embeds, notes
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """Unit embeddings of texts, in order."""

@@ -12,6 +12,7 @@ from vlm.data.source import Source, Subset, open_source
 from vlm.errors import UserError, did_you_mean
 from vlm.evaluation.bootstrap import Statistic, intervals
 from vlm.evaluation.embed import Advance, Embedder, Note
+from vlm.strict import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,13 @@ def open_data(spec: Mapping[str, Any], path: str, limit: int | None = None) -> S
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return Subset(source, f"[0:{limit}]") if limit is not None and limit < len(source) else source
+
+
+def images_key(spec: Mapping[str, Any], source: Source) -> str:
+    """Says which images a source holds, whatever other fields it reads beside them."""
+    given = plain(spec)
+    others = {name: value for name, value in given.items() if name != "fields"}
+    return repr([sorted(others.items()), (given.get("fields") or {}).get("image"), len(source)])
 
 
 def first_note(source: Source, note: Any) -> Note:

@@ -13,7 +13,7 @@ from vlm.data.source import Source
 from vlm.errors import UserError
 from vlm.evaluation import retrieval
 from vlm.evaluation.embed import Advance, Embedder, Note
-from vlm.evaluation.evaluator import Result, Sampling, field, first_note, open_data
+from vlm.evaluation.evaluator import Result, Sampling, field, first_note, images_key, open_data
 
 SHOWN = 5
 
@@ -79,7 +79,7 @@ class Retrieval:
 
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Ranks all texts for every image and all images for every text."""
-        images, notes = embedder.all_images(self.source, self._note, advance)
+        images, notes = embedder.all_images(self.source, self._note, advance, images_key(self.config.data, self.source))
         texts = [text for note in notes for text in note["texts"]]
         text_image = np.repeat(np.arange(len(notes)), [len(note["texts"]) for note in notes])
         embeds = embedder.texts(texts)

@@ -17,7 +17,7 @@ from vlm.data.source import Source
 from vlm.errors import UserError
 from vlm.evaluation import classification, prompts
 from vlm.evaluation.embed import TEXT_GROUP, Advance, Embedder, Note
-from vlm.evaluation.evaluator import Result, Sampling, field, first_note, open_data, parse_class
+from vlm.evaluation.evaluator import Result, Sampling, field, first_note, images_key, open_data, parse_class
 
 SHOWN_SCORES = 5
 
@@ -106,7 +106,7 @@ class ZeroShot:
         numbers = list(self.config.classes) or list(range(len(self.names)))
         names = [self.names[number] for number in numbers]
         classes = class_embeddings(embedder, names, self.templates)
-        images, notes = embedder.all_images(self.source, self._note, advance)
+        images, notes = embedder.all_images(self.source, self._note, advance, images_key(self.config.data, self.source))
         scores = images @ classes.T
         measure = self._multi if self.config.multi_label else self._single
         measured = measure(scores, notes, {number: column for column, number in enumerate(numbers)})
