@@ -76,10 +76,13 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
     from vlm import workdir as folder
     from vlm.checkpoint import Checkpoints
     from vlm.experiment import compile_step, experiment, make_loader, make_processor, make_report
+    from vlm.host_memory import keep_freed_memory
     from vlm.preemption import Preemption
 
     primary = jax.process_index() == 0
     mesh = sharding.make_mesh(settings.sharding.mesh)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     with contextlib.ExitStack() as stack:
         if primary:
             stack.enter_context(folder.claim(workdir))
