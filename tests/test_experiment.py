@@ -1,0 +1,105 @@
+"""The parts of a real family's run: AltCLIP's contrastive training on meshes, checkpoints that start the next stage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from vlm import schema, sharding
+from vlm.config import build, complete
+from vlm.errors import UserError
+from vlm.experiment import compile_step, experiment
+from vlm.flops import count_flops
+from vlm.training import init_state
+from vlm.tree import flatten
+
+BATCH, LENGTH = 16, 6
+TOWER = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 32}
+MODEL = {
+    "vision": TOWER | {"image_size": 8, "patch_size": 4},
+    "text": TOWER | {"vocab_size": 50, "max_length": 12},
+    "project_dim": 16,
+    "projection_dim": 12,
+}
+GROUPS = (("vision/.*|vision_projection/.*", {"freeze": True}), (".*", {}))
+
+
+def settings(**changes):
+    config = {"family": "altclip", "model": MODEL, "data": {"batch_size": BATCH}} | changes
+    config.setdefault("optimizer", {"lr": 1e-2, "schedule": {"name": "constant"}, "grad_clip_norm": 1.0})
+    return build(schema.Config, complete(config), "")
+
+
+def batch_of(step):
+    rng = np.random.default_rng(step)
+    lengths = rng.integers(2, LENGTH + 1, BATCH)
+    mask = np.arange(LENGTH) < lengths[:, None]
+    return {
+        "image": rng.normal(size=(BATCH, 8, 8, 3)).astype(np.float32),
+        "tokens": np.where(mask, rng.integers(3, 50, (BATCH, LENGTH)), 1).astype(np.int32),
+        "mask": mask,
+    }
+
+
+def losses(config, steps=3):
+    """The losses of a few steps on as many devices as the mesh names, and the final parameters."""
+    mesh = config.sharding.mesh
+    mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
+    with sharding.use(mesh, config.sharding.rules):
+        parts = experiment(config)
+        placements = sharding.place(parts.init.abstract(), config.sharding.rules, mesh.shape)
+        state = init_state(parts.init, placements, mesh, 0)
+        split = NamedSharding(mesh, sharding.batch_spec(config.sharding, BATCH, mesh.shape))
+        batches = [sharding.put_batch(batch_of(step), split, BATCH) for step in range(steps)]
+        step, flops = compile_step(config, parts, state, batches[0], split)
+        found = []
+        for batch in batches:
+            state, metrics = step(state, batch)
+            found.append(float(metrics["loss"]))
+    assert flops > 0
+    return found, jax.device_get(state.params)
+
+
+def test_altclip_on_eight_devices_equals_one():
+    """Without recomputation on one device, with it on eight: neither changes the losses."""
+    shared = {"optimizer": {"lr": 1e-2, "groups": GROUPS}}
+    single = losses(settings(sharding={"mesh": {"data": 1}}, **shared))
+    ours = losses(settings(sharding={"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}, remat="full", **shared))
+    np.testing.assert_allclose(ours[0], single[0], rtol=1e-5)
+    assert ours[0][0] != ours[0][1]
+    for path, value in flatten(ours[1]).items():
+        np.testing.assert_allclose(value, flatten(single[1])[path], rtol=1e-3, atol=1e-3, err_msg=path)
+
+
+def test_compute_dtype_and_remat_reach_every_tower_and_parameters_stay_float32():
+    parts = experiment(settings(precision={"compute": "bfloat16"}, remat="dots"))
+    for tower in (parts.model_config.vision, parts.model_config.text):
+        assert tower.dtype == "bfloat16" and tower.remat == "dots"
+    abstract = sharding.unbox(parts.init.abstract())
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract.params)} == {jnp.dtype("float32")}
+
+
+def test_model_flops_leave_out_recomputation():
+    def flops(remat):
+        parts = experiment(settings(), remat=remat)
+        state = sharding.unbox(parts.init.abstract())
+        gradient = jax.grad(lambda p, b: parts.loss(p, {}, b, jax.random.key(0))[0])
+        return count_flops(jax.make_jaxpr(gradient)(state.params, batch_of(0)))
+
+    assert flops("full") > 1.2 * flops("none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "altclop"}, "config.family: .*did you mean 'altclip'"),
+        ({"model": {"vision": {"hidden_sise": 3}}}, r"config\.model\.vision\.hidden_sise .*did you mean 'hidden_size'"),
+        ({"model": {"vision": {"num_heads": 7}}}, r"config\.model\.vision"),
+        ({"loss": {"objective": "contrast"}}, r"config\.loss\.objective: expected one of"),
+        ({"optimizer": {"groups": (("visoin/.*", {}), (".*", {}))}}, "nothing matches the rule visoin"),
+    ],
+)
+def test_wrong_settings(changes, message):
+    with pytest.raises(UserError, match=message):
+        experiment(settings(**changes))

@@ -1,0 +1,71 @@
+"""Starting weights: which arrays of which checkpoints go where."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from vlm import initial, sharding
+from vlm.convert.views import from_array
+from vlm.errors import UserError
+from vlm.schema import InitConfig, MeshConfig
+from vlm.sharding import Placement
+from vlm.training import TrainState
+
+
+class Opened:
+    """What `vlm.loading.open_model` gives, reduced to what is used here."""
+
+    run = None
+
+    def __init__(self, **params):
+        self.params = {path.replace("__", "/"): from_array(np.asarray(value)) for path, value in params.items()}
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    checkpoints = {
+        "clip": Opened(vision__kernel=[1.0], text__kernel=[2.0], scale=3.0),
+        "xlmr": Opened(text__kernel=[4.0]),
+    }
+    monkeypatch.setattr(initial, "open_model", checkpoints.__getitem__)
+
+
+def placements():
+    at = lambda path: Placement(path, (1,), np.dtype(np.float32), PartitionSpec(), 1)  # noqa: E731
+    params = {"vision": {"kernel": at("a")}, "text": {"kernel": at("b")}, "scale": at("c")}
+    extra = {"teacher": {"text": {"kernel": at("d")}}}
+    return TrainState(at("s"), params, {}, {}, extra, {})  # pyright: ignore
+
+
+def start(*entries):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices())
+    return initial.starting_weights([InitConfig(**entry) for entry in entries], placements(), mesh)
+
+
+def test_later_entries_win_and_teachers_go_into_extra(opened):
+    found = start(
+        {"path": "clip", "include": "(vision|text)/.*"},
+        {"path": "xlmr"},
+        {"path": "clip", "include": "text/.*", "into": "extra/teacher"},
+    )
+    values = {path: float(view.read()[0]) for path, view in found.items()}
+    assert values == {"params/vision/kernel": 1.0, "params/text/kernel": 4.0, "extra/teacher/text/kernel": 2.0}
+    assert initial.still_random(found, placements()) == "params/scale"
+    assert start() == {}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"path": "clip", "include": "txet/.*"},
+            r"init\[0\]\.include: 'txet/\.\*' matches none of vision/",
+        ),
+        ({"path": "clip", "include": "("}, r"config\.init\[0\]\.include: '\(' is not a regular expression"),
+        ({"path": "clip", "into": "extra/teacher"}, "no place for extra/teacher/vision/kernel, extra/teacher/scale"),
+    ],
+)
+def test_wrong_entries(opened, entry, message):
+    with pytest.raises(UserError, match=message):
+        start(entry)
