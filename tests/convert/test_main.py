@@ -17,8 +17,11 @@ from vlm.convert.torch_file import open_tensors
 from vlm.data.image import ImageSettings
 from vlm.manifest import verify_manifest
 from vlm.models.altclip.processor import Processor
+from vlm.schema import MeshConfig
+from vlm.sharding import make_mesh
 from vlm.tokenizers import load
 from vlm.tokenizers.spm import train_sentencepiece
+from vlm.tree import flatten
 
 TEXT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT |= {"intermediate_size": 32, "max_position_embeddings": 20, "project_dim": 12}
@@ -81,6 +84,18 @@ def test_transformers_loads_the_export_and_agrees(source, converted, tmp_path):
         expected = theirs(**inputs)
     found = model.apply({"params": params}, **batch)
     np.testing.assert_allclose(found.logits_per_image, expected.logits_per_image, atol=2e-5)
+
+
+def test_foreign_files_load_straight_onto_a_mesh(source, converted):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    _, expected, _ = vlm.load(converted)
+    _, found, _ = vlm.load(source, mesh=mesh)
+    found, expected = flatten(found), flatten(expected)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found[path], leaf, path)
+    kernel = found["vision/layers/mlp/up/kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 6, 16)
 
 
 def test_dtype_and_pth_files(source, tmp_path):
