@@ -22,6 +22,7 @@ from vlm.data.loader import Loader
 from vlm.data.source import open_sources
 from vlm.data.teacher_cache import TeacherCache, WithTarget
 from vlm.family import Family
+from vlm.layers.pixels import normalise_pixels
 from vlm.models import get_family
 from vlm.optimizer import Optimizer, make_optimizer
 from vlm.schema import Config
@@ -64,7 +65,11 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
     def init_extra(key: jax.Array) -> Any:
         return family.init_extra(loss_config, key)
 
+    pixels = build(family.processor_type, settings.processor, "processor").image
+
     def loss(params: Any, extra: Any, batch: Any, rng: jax.Array) -> Any:
+        if "image" in batch and batch["image"].dtype == jnp.uint8:
+            batch = {**batch, "image": normalise_pixels(batch["image"], pixels)}
         return family.loss(model, params, extra, batch, rng, loss_config)
 
     paths = flatten(unbox(jax.eval_shape(lambda: init_params(jax.random.key(0)))))

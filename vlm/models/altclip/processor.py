@@ -41,7 +41,8 @@ class ProcessorConfig:
         image: how pictures become arrays.
         augment: random crops and colours in training; None: pictures as in evaluation.
         max_length: length of token rows.
-        normalise: False delivers uint8 pictures, to be normalised on the device.
+        normalise: False makes training examples with uint8 pictures, a quarter of the bytes, that the training step
+            normalises on the device.
         mlm_probability: share of tokens hidden in training for masked language modelling (`labels` are then made).
     """
 
@@ -67,7 +68,7 @@ class Processor:
         max_length: rows of tokens are cut, and by default padded, to this length.
         teacher_tokenizer: CLIP's, for teacher learning.
         augment: random variation of pictures in training.
-        normalise: False gives uint8 pictures.
+        normalise: False gives uint8 pictures in training (`example`); all others are normalised here.
         mlm_probability: share of tokens hidden in training; 0: none.
     """
 
@@ -195,7 +196,7 @@ class Processor:
             self.tokenizer.save(directory)
         if self.teacher_tokenizer is not None:
             self.teacher_tokenizer.save(directory / _TEACHER_FOLDER)
-        settings = {"format_version": 1, "max_length": self.max_length, "normalise": self.normalise}
+        settings = {"format_version": 1, "max_length": self.max_length}
         files: dict[str, Mapping[str, Any]] = {_SETTINGS_FILE: settings}
         if self.image_settings is not None:
             files[_IMAGE_FILES[0]] = write_image_config(self.image_settings)
@@ -228,7 +229,6 @@ class Processor:
             read_image_config(read_json(image_file), str(image_file)) if image_file else None,
             settings.get("max_length", MAX_LENGTH),
             load(teacher) if teacher.is_dir() else None,
-            normalise=settings.get("normalise", True) is not False,
         )
 
     def _tokenizer(self) -> Tokenizer:
@@ -240,14 +240,15 @@ class Processor:
         if self.image_settings is None:
             raise UserError("this processor has no image settings, so it cannot take images")
         picture = _open(image, name)
+        normalise = self.normalise or rng is None
         if rng is not None and self.augment is not None:
-            return augment(picture, self.image_settings, self.augment, rng, normalise=self.normalise)
-        return process(picture, self.image_settings, normalise=self.normalise)
+            return augment(picture, self.image_settings, self.augment, rng, normalise=normalise)
+        return process(picture, self.image_settings, normalise=normalise)
 
     def _stack(self, rows: list[np.ndarray]) -> np.ndarray:
         if not rows:
             size = (self.image_settings and self.image_settings.output_size) or (0, 0)
-            return np.zeros((0, *size, 3), np.float32 if self.normalise else np.uint8)
+            return np.zeros((0, *size, 3), np.float32)
         if len({row.shape for row in rows}) > 1:
             raise UserError("images differ in size after resizing: set a crop, or resize to an exact size")
         return np.stack(rows)
