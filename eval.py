@@ -30,6 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FILE.json", help="where the results go; nothing is written without it")
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N examples of every data set")
     parser.add_argument("--only", metavar="NAME", action="append", help="only this evaluation; may be repeated")
+    parser.add_argument("--ema", action="store_true", help="the averaged parameters of a training run")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights and computation; default: as stored"
     )
@@ -72,7 +73,7 @@ def evaluate(config: Any, settings: Config, options: argparse.Namespace) -> dict
     mesh, rules = sharding.make_mesh(settings.sharding.mesh), settings.sharding.rules
     axes = dict(rules).get("batch") or ()
     with sharding.use(mesh, rules):
-        model, params, processor = vlm.load(checkpoint, mesh=mesh, rules=rules, dtype=options.dtype)
+        model, params, processor = vlm.load(checkpoint, mesh=mesh, rules=rules, dtype=options.dtype, ema=options.ema)
         metrics = evaluation.run(
             plan,
             model,
@@ -112,6 +113,7 @@ def _about(checkpoint: Path, config: Any, options: argparse.Namespace) -> dict[s
         "config_sha256": config_hash(config),
         "limit": options.limit,
         "dtype": options.dtype,
+        "ema": options.ema,
         "code": f"vlm {vlm.__version__}",
         "environment": environment(),
     }

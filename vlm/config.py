@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 
 def command_line(description: str) -> argparse.ArgumentParser:
     """A parser with `--config`; pass it to `parse_command` after adding the command's own options."""
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config",
         metavar="FILE[:ARG]",
