@@ -16,7 +16,7 @@ BIN := .venv/bin
 install: .venv/.test
 
 demo: .venv/.demo
-	$(BIN)/python -m configs.demo.run --output=demo_output
+	$(BIN)/python -m vlm.demo --output=demo_output
 
 lint: .venv/.test
 	$(BIN)/ruff format --check .

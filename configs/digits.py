@@ -1,6 +1,6 @@
 """AltCLIP's whole recipe on real handwritten digits: minutes on two CPU cores. `make demo` runs all of this.
 
-    data       python -m vlm.demo.prepare --output=demo_output/data
+    data       python -m vlm.demo --output=demo_output --data_only
     CLIP       python train.py --config=configs/digits.py:clip        --workdir=demo_output/clip
     stage 1    python train.py --config=configs/digits.py:teacher     --workdir=demo_output/teacher
     stage 2    python train.py --config=configs/digits.py:contrastive --workdir=demo_output/contrastive
@@ -20,6 +20,8 @@ from vlm.demo.prepare import ENGLISH_VOCAB, MULTILINGUAL_PIECES
 
 IMAGE_SIZE = 16
 WIDTH = 64
+IMAGE = {"size": IMAGE_SIZE, "crop": IMAGE_SIZE}
+JOINT = {"project_dim": WIDTH, "projection_dim": WIDTH}
 TOWER = {"hidden_size": WIDTH, "num_layers": 2, "num_heads": 4, "mlp_dim": 4 * WIDTH}
 VISION = {**TOWER, "image_size": IMAGE_SIZE, "patch_size": 4}
 TEXT = {**TOWER, "vocab_size": MULTILINGUAL_PIECES + 2, "max_length": 42}
@@ -34,36 +36,32 @@ def get_config(variant: str = "contrastive") -> ConfigDict:
     if stage not in stages:
         raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(stages)}")
     config = ConfigDict({"family": "altclip"})
-    config.model = {"vision": VISION, "text": TEXT, "project_dim": WIDTH, "projection_dim": WIDTH}
-    image = {"size": IMAGE_SIZE, "crop": IMAGE_SIZE}
-    folder = folder or "demo_output"
-    config.processor = {
-        "tokenizer": f"{folder}/data/tokenizers/multilingual",
-        "image": image,
-        "max_length": 36,
-    }
-    stages[stage](config, folder)
+    stages[stage](config, folder or "demo_output")
     return config
 
 
 def _clip(config: ConfigDict, folder: str) -> None:
     """Contrastive training of both towers from random weights (Radford et al. 2021), in English."""
-    config.model.text, config.model.clip_text = None, CLIP_TEXT
+    config.model = {"vision": VISION, "text": None, "clip_text": CLIP_TEXT, **JOINT}
     config.loss = {"objective": "contrastive", "lock_image": False}
-    config.processor.tokenizer = f"{folder}/data/tokenizers/english"
-    config.processor.max_length = 12
-    config.processor.augment = {"scale": (0.7, 1.0), "ratio": (0.8, 1.25)}
-    config.data = {"batch_size": 128, "sources": (_images(folder, "train", "en"),)}
-    config.optimizer = _adamw(lr=2e-3, warmup_steps=40)
-    config.train = {"steps": 400, "log_every": 50}
+    config.processor = {
+        "tokenizer": f"{folder}/data/tokenizers/english",
+        "image": IMAGE,
+        "augment": {"scale": (0.7, 1.0), "ratio": (0.8, 1.25)},
+        "max_length": 12,
+    }
+    config.data = {"batch_size": 64, "sources": (_images(folder, "train", "en"),)}
+    config.optimizer = _adamw(lr=2e-3, warmup_steps=80)
+    config.train = {"steps": 800, "log_every": 100}
     config.eval = _evaluations(folder, ("en",))
 
 
 def _teacher(config: ConfigDict, folder: str) -> None:
     """Stage 1, teacher learning: English with itself, and English with its translations."""
     clip = f"{folder}/clip"
+    config.model = {"vision": VISION, "text": TEXT, **JOINT}
     config.loss = {"objective": "teacher_learning", "teacher": CLIP_TEXT, "teacher_projection_dim": WIDTH}
-    config.processor.teacher_tokenizer = f"{folder}/data/tokenizers/english"
+    config.processor = _multilingual(folder) | {"teacher_tokenizer": f"{folder}/data/tokenizers/english"}
     config.init = (
         {"path": clip, "include": r"vision/.*|(vision|text)_projection/.*|logit_scale"},
         {"path": clip, "include": "text/.*|text_projection/.*", "into": "extra/teacher"},
@@ -71,34 +69,40 @@ def _teacher(config: ConfigDict, folder: str) -> None:
     parallel = {code: {"kind": "jsonl", "path": f"{folder}/data/parallel/en-{code}.jsonl"} for code in LANGUAGES}
     sources = tuple({**source, "weight": 2.0 if code == "en" else 1.0} for code, source in parallel.items())
     config.data = {"batch_size": 64, "sources": sources}
-    config.optimizer = _adamw(lr=2e-3, warmup_steps=30)
-    config.optimizer.groups = (
+    groups = (
         (r"vision/.*|(vision|text)_projection/.*|logit_scale", {"freeze": True}),
         (r"text/.*|text_(norm|transformation)/.*", {}),
     )
+    config.optimizer = _adamw(lr=2e-3, warmup_steps=30, groups=groups)
     config.train = {"steps": 300, "log_every": 50}
     config.eval = _evaluations(folder, tuple(LANGUAGES))
 
 
 def _contrastive(config: ConfigDict, folder: str) -> None:
     """Stage 2, contrastive tuning with a locked image tower, captions in all languages."""
+    config.model = {"vision": VISION, "text": TEXT, **JOINT}
     config.loss = {"objective": "contrastive", "lock_image": True}
+    config.processor = _multilingual(folder)
     config.init = ({"path": f"{folder}/teacher"},)
     sources = tuple(_images(folder, "train", code) | {"weight": 1.0} for code in LANGUAGES)
     config.data = {"batch_size": 64, "sources": sources}
-    config.optimizer = _adamw(lr=2e-4, warmup_steps=40)
-    config.optimizer.groups = (
+    groups = (
         (r"vision/.*|vision_projection/.*", {"freeze": True}),
         (r"text/.*|text_(norm|transformation|projection)/.*|logit_scale", {}),
     )
+    config.optimizer = _adamw(lr=2e-4, warmup_steps=40, groups=groups)
     config.train = {"steps": 40, "log_every": 10}
     config.eval = _evaluations(folder, tuple(LANGUAGES))
 
 
-def _adamw(lr: float, warmup_steps: int) -> ConfigDict:
+def _multilingual(folder: str) -> dict:
+    return {"tokenizer": f"{folder}/data/tokenizers/multilingual", "image": IMAGE, "max_length": 36}
+
+
+def _adamw(lr: float, warmup_steps: int, **more: tuple) -> dict:
     schedule = {"name": "cosine", "warmup_steps": warmup_steps}
-    options = {"betas": (0.9, 0.98), "weight_decay": 0.1, "grad_clip_norm": 1.0, "schedule": schedule}
-    return ConfigDict({"name": "adamw", "lr": lr, **options})
+    common = {"betas": (0.9, 0.98), "weight_decay": 0.1, "grad_clip_norm": 1.0}
+    return {"name": "adamw", "lr": lr, "schedule": schedule, **common, **more}
 
 
 def _images(folder: str, split: str, code: str) -> dict:

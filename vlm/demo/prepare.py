@@ -28,7 +28,7 @@ from vlm.tokenizers.spm import train_sentencepiece
 
 TEST_PER_DIGIT = 36
 CAPTIONS_PER_IMAGE = 2
-ENGLISH_VOCAB = 110
+ENGLISH_VOCAB = 340
 MULTILINGUAL_PIECES = 380
 DATASET = "digits"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -125,19 +125,18 @@ def write_tokenizers(folder: Path) -> None:
 
 
 def train_bpe(texts: Sequence[str], folder: Path, vocab_size: int) -> None:
-    """Trains a lower-case byte-pair encoding; texts stand between CLIP's start (id 0) and end (id 1) tokens."""
+    """Trains a lower-case byte-level byte-pair encoding; texts stand between CLIP's start (0) and end (1) tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    suffix = "</w>"
-    tokenizer: Any = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix=suffix))
+    tokenizer: Any = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.BPEDecoder(suffix=suffix)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer: Any = trainers.BpeTrainer
-    special = [START, END]
-    options = {"special_tokens": special, "end_of_word_suffix": suffix, "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainer(vocab_size=vocab_size, **options))
-    ids = [(token, tokenizer.token_to_id(token)) for token in special]
+    # Without end-of-word symbols, unlike CLIP: the library numbers those in the order of a hash table.
+    options = {"special_tokens": [START, END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    tokenizer.train_from_iterator(texts, trainer(vocab_size=vocab_size, show_progress=False, **options))
+    ids = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ids)
     tokenizer.save(str(folder / "tokenizer.json"))
     roles = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}  # CLIP's

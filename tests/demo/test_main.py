@@ -1,0 +1,66 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vlm.config import build, parse_config_flag, to_json
+from vlm.demo import __main__ as demo
+from vlm.demo.phrases import LANGUAGES
+from vlm.errors import UserError
+from vlm.schema import Config
+
+CONFIG = Path(__file__).parents[2] / "configs" / "digits.py"
+SHORT = (
+    "--config.train.steps=20",
+    "--config.optimizer.schedule.warmup_steps=2",
+    "--config.data.batch_size=32",
+    "--config.train.tensorboard=False",
+)
+
+
+@pytest.mark.parametrize("stage", demo.STAGES)
+def test_every_stage_builds_and_reads_from_the_folder_it_is_given(stage):
+    settings = build(Config, parse_config_flag(f"{CONFIG}:{stage},/elsewhere"), "")
+    assert f"zero_shot_{'en' if stage == 'clip' else 'ar'}" in settings.eval
+    text = to_json(parse_config_flag(f"{CONFIG}:{stage},/elsewhere"))
+    assert "/elsewhere/data" in text and "demo_output" not in text
+    assert "demo_output/data" in to_json(parse_config_flag(f"{CONFIG}:{stage}"))
+
+
+def test_another_variant_is_refused():
+    with pytest.raises(UserError, match="clip, teacher, contrastive"):
+        parse_config_flag(f"{CONFIG}:clop")
+
+
+def test_the_report_marks_what_is_too_low():
+    metrics = {f"zero_shot_{code}/top1": 0.97 for code in LANGUAGES}
+    assert demo.missed(metrics) == [] and "below" not in demo.report(metrics, {"data": 1.0})
+    metrics |= {"zero_shot_en/top1": 0.94, "zero_shot_es/top1": 0.91, "zero_shot_ar/top1": 0.89}
+    assert demo.missed(metrics) == ["en", "ar"]
+    assert demo.report(metrics, {"data": 1.0, "clip": 2.4}).count("below") == 2
+    assert "together 3" in demo.report(metrics, {"data": 1.0, "clip": 2.4})
+
+
+def test_without_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    with pytest.raises(SystemExit) as error:
+        demo.main([f"--output={tmp_path / 'out'}"])
+    assert error.value.code == 2 and "train.py" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_chain_from_data_to_page(demo_data, tmp_path, monkeypatch, capsys):
+    """Data, CLIP, teacher learning, tuning, evaluation: a few steps each, through the real commands."""
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as the machine of a first-time user
+    output = tmp_path / "out"
+    shutil.copytree(demo_data, output / "data")
+    status = demo.run(output, overrides=SHORT)
+    out = capsys.readouterr().out
+    assert status == 1  # twenty steps are too few for the marks
+    metrics = json.loads(out.strip().splitlines()[-1])
+    assert len(out.strip().splitlines()) == 1
+    assert {f"zero_shot_{code}/top1" for code in LANGUAGES} <= metrics.keys()
+    assert 0.05 < metrics["zero_shot_en/top1"] <= 1 and "retrieval_en/mean_recall" in metrics
+    assert json.loads((output / "results.json").read_text())["metrics"] == metrics
+    assert "data:image/png" in (output / "results.html").read_text()
