@@ -327,6 +327,13 @@ def test_a_checkpoint_of_two_writers_is_refused(checkpoints):
     assert (checkpoints.directory / "3.unverified").exists()  # not a leftover: its writer lives
 
 
+def test_addresses_are_not_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs://bucket/run: checkpoints need a folder"):
+        Checkpoints("gs://bucket/run")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_leftovers_are_removed_at_the_start(folder):
     for name in ("7.unverified", "8.unverified.orbax-checkpoint-tmp", "9.orbax-checkpoint-tmp-3", "5.deleting"):
         (folder / name / "d").mkdir(parents=True)

@@ -61,6 +61,8 @@ class Checkpoints:
             verify: before restoring, "full" hashes every file, "fast" compares sizes; values are compared with
                 their fingerprints in any case. "auto": "full" up to 8 GiB.
         """
+        if "://" in str(directory):
+            raise UserError(f"{directory}: checkpoints need a folder of a mounted file system, not an address")
         self.directory = Path(directory).resolve()
         self._keep, self._keep_every = keep, keep_every
         self._verify: Literal["auto", "full", "fast"] = verify
