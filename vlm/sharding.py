@@ -263,6 +263,8 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> dict[str, jax.Array]:
     """Puts this host's rows of a batch on its devices; together the hosts' rows form arrays of `batch_size` rows."""
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)  # one call for all arrays
     return {
         name: jax.make_array_from_process_local_data(sharding, array, (batch_size, *array.shape[1:]))
         for name, array in batch.items()
