@@ -175,7 +175,10 @@ def expected_params(family: Family, config: Any) -> dict[str, Any]:
 
 def _abstract(family: Family, config: Any) -> Any:
     model = family.module(config)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), **family.example(config)))["params"]
+    try:
+        return jax.eval_shape(lambda: model.init(jax.random.key(0), **family.example(config)))["params"]
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"the model cannot be built from its configuration: {error}") from error
 
 
 def _json_beside(path: Path) -> dict[str, Any]:

@@ -142,8 +142,18 @@ def _assemble(
         (parts[section] if section else parts)[field] = value
     types = {"vision": ViTConfig, "text": BertConfig, "clip_text": ClipTextConfig}
     for name, cls in types.items():
-        parts[name] = None if parts[name] is None else build(cls, parts[name], f"model.{name}")
+        if parts[name] is not None:
+            _check_numbers(parts[name], f"model.{name}")
+            parts[name] = build(cls, parts[name], f"model.{name}")
     return build(AltCLIPConfig, parts, "model")
+
+
+def _check_numbers(section: Mapping[str, Any], where: str) -> None:
+    """Refuses sizes below one and rates that are no numbers before anything is computed with them."""
+    for name, value in section.items():
+        least = 0 if name.endswith(("_rate", "_eps", "_id")) else 1
+        if type(value) in (int, float) and not least <= value < 2**31:
+            raise UserError(f"config.{where}.{name}: expected a number of at least {least}, found {value}")
 
 
 def _section(config: Json, tower: str, defaults: Json, notes: list[str]) -> dict[str, Any] | None:
@@ -283,6 +293,6 @@ def _clip_text(section: Json) -> dict[str, Any]:
 
 
 def _activation(name: Any) -> str:
-    if name not in _FROM_HF:
+    if not isinstance(name, str) or name not in _FROM_HF:
         raise UserError(f"config.json: hidden_act: expected one of {', '.join(_FROM_HF)}, found {name!r}")
     return _FROM_HF[name]
