@@ -47,12 +47,13 @@ CHECKPOINTS = {
 
 def get_config(variant: str = "altclip") -> ConfigDict:
     """Returns the configuration of one variant and stage."""
-    size, _, stage = variant.partition("_")
+    name, _, folder = variant.partition(",")
+    size, _, stage = name.partition("_")
     if size not in ("tiny", *LANGUAGES) or stage not in ("", "teacher", "teacher_cached"):
         choices = ", ".join(f"{name}[_teacher[_cached]]" for name in ("tiny", *LANGUAGES))
         raise ValueError(f"unknown variant {variant!r}; choose from {choices}")
     if size == "tiny":
-        return _tiny(stage)
+        return _tiny(stage, folder)
     config = ConfigDict({"family": "altclip", "model": _model(size)})
     config.precision = {"compute": "bfloat16", "frozen": "bfloat16"}
     config.remat = "dots"
@@ -170,9 +171,9 @@ def _contrastive(config: ConfigDict, size: str) -> None:
     config.eval = evaluators
 
 
-def _tiny(stage: str) -> ConfigDict:
-    """Two small towers on the digits that `make demo` prepares; a fixture, and a run of seconds on a CPU."""
+def _tiny(stage: str, folder: str) -> ConfigDict:
+    """Two small towers on the digits that `make demo` prepares (in `folder`); a run of seconds on a CPU."""
     from configs import digits
 
-    config = digits.get_config("teacher" if stage else "contrastive")
+    config = digits.get_config(f"{'teacher' if stage else 'contrastive'},{folder}".rstrip(","))
     return _cached(config) if stage == "teacher_cached" else config

@@ -38,3 +38,11 @@ def randomise():
         return model.eval()
 
     return apply
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory) -> pathlib.Path:
+    """The demonstration's data, prepared once: digits, parallel sentences, tokenizers, prompts."""
+    from vlm.demo.prepare import prepare
+
+    return prepare(tmp_path_factory.mktemp("demo") / "data")

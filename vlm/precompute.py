@@ -81,10 +81,10 @@ def precompute(settings: Config, output: str, dtype: str, batch_size: int) -> in
 def _teacher(settings: Config, parts: Any, mesh: Any) -> Any:
     """The extra state with the teacher's weights, from the entries of `config.init` that go there."""
     import jax
-    from jax.sharding import NamedSharding
 
     from vlm import sharding
     from vlm.initial import starting_weights, still_random
+    from vlm.training import put_weight
     from vlm.tree import flatten, unflatten
 
     abstract = jax.eval_shape(lambda: parts.init.init_extra(jax.random.key(0)))
@@ -94,10 +94,7 @@ def _teacher(settings: Config, parts: Any, mesh: Any) -> Any:
     if missing := still_random(start, placements):
         raise UserError(f"config.init: no checkpoint gives the teacher's weights {missing}")
     targets = flatten({"extra": placements.extra})
-    place = lambda path, leaf: jax.make_array_from_callback(  # noqa: E731
-        leaf.shape, NamedSharding(mesh, targets[path].spec), lambda index: leaf[index]
-    )
-    arrays = {path: leaf if isinstance(leaf, jax.Array) else place(path, leaf) for path, leaf in start.items()}
+    arrays = {path: put_weight(path, leaf, targets, mesh) for path, leaf in start.items()}
     return unflatten(arrays)["extra"]
 
 

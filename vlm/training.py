@@ -112,7 +112,7 @@ def init_state(
     """
     shardings = jax.tree.map(lambda placement: NamedSharding(mesh, placement.spec), placements)
     targets = flatten({"params": placements.params, "extra": placements.extra})
-    given = {path: _put(path, leaf, targets, mesh) for path, leaf in (start or {}).items()}
+    given = {path: put_weight(path, leaf, targets, mesh) for path, leaf in (start or {}).items()}
     missing = {path: NamedSharding(mesh, target.spec) for path, target in targets.items() if path not in given}
 
     def random() -> dict[str, jax.Array]:
@@ -123,9 +123,14 @@ def init_state(
     return jax.jit(init.finish, out_shardings=shardings, donate_argnums=0)(begun)
 
 
-def _put(
+def put_weight(
     path: str, leaf: TensorView | jax.Array, targets: Mapping[str, Placement], mesh: jax.sharding.Mesh
 ) -> jax.Array:
+    """Places a starting weight as `targets[path]` says; of a lazy one, every device reads only its slices.
+
+    Raises:
+      UserError: no such path, or another shape.
+    """
     if path not in targets:
         raise UserError(f"starting weights: the model has no {path!r}{did_you_mean(path, targets)}")
     target = targets[path]
