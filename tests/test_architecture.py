@@ -15,7 +15,8 @@ SOURCES = sorted(
 
 # A module may import from its own layer's group and from lower layers only. First match wins.
 LAYERS: list[tuple[str, int]] = [
-    (r"vlm|vlm\.(demo|predict|precompute|plan|loading|initial|dry_run|convert\.__main__|checkpoint\.__main__)(\..*)?", 7),
+    (r"vlm|vlm\.(demo|predict|precompute|plan|loading|initial|dry_run)(\..*)?", 7),
+    (r"vlm\.(convert|checkpoint)\.__main__", 7),
     (r"(train|eval|configs)(\..*)?", 7),
     (r"vlm\.evaluation(\..*)?", 6),
     (r"vlm\.(training|experiment|generation)(\..*)?", 5),

@@ -65,7 +65,7 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
     def init_extra(key: jax.Array) -> Any:
         return family.init_extra(loss_config, key)
 
-    pixels = build(family.processor_type, settings.processor, "processor").image
+    pixels: Any = getattr(build(family.processor_type, settings.processor, "processor"), "image", None)
 
     def loss(params: Any, extra: Any, batch: Any, rng: jax.Array) -> Any:
         if "image" in batch and batch["image"].dtype == jnp.uint8:
@@ -112,7 +112,12 @@ def make_loader(settings: Config, processor: Any, split: NamedSharding, ledger: 
 
 
 def compile_step(
-    settings: Config, parts: Experiment, state: Any, batch: Any, split: NamedSharding
+    settings: Config,
+    parts: Experiment,
+    state: Any,
+    batch: Any,
+    split: NamedSharding,
+    compiler_options: dict[str, Any] | None = None,
 ) -> tuple[Any, float]:
     """Compiles the training step for this state and batch; also returns its model FLOPs, without recomputation."""
 
@@ -123,7 +128,7 @@ def compile_step(
 
     traced = trace(parts)
     plain = traced if settings.remat == "none" else trace(experiment(settings, remat="none"))
-    return traced.lower().compile(), flops.count_flops(plain.jaxpr)
+    return traced.lower().compile(compiler_options=compiler_options), flops.count_flops(plain.jaxpr)
 
 
 @contextlib.contextmanager
