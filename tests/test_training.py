@@ -16,7 +16,7 @@ from vlm.errors import UserError
 from vlm.layers.linear import Linear, constrain
 from vlm.optimizer import make_optimizer
 from vlm.schema import GroupConfig, MeshConfig, OptimizerConfig, ScheduleConfig, ShardingConfig
-from vlm.training import StateInit, init_state, make_train_step, trace_step
+from vlm.training import StateInit, _accumulate, init_state, make_train_step, trace_step
 from vlm.tree import flatten
 
 BATCH, WIDTH = 16, 8
@@ -167,6 +167,14 @@ def test_accumulation_equals_the_whole_batch():
     for path, value in flatten(parts.state.params).items():
         np.testing.assert_allclose(value, flatten(whole.state.params)[path], rtol=1e-4, atol=1e-6)
     assert int(parts.state.extra["seen"]) == 3 * BATCH
+
+
+def test_every_micro_batch_draws_its_own_random_numbers():
+    gradient = lambda params, extra, batch, rng: ((jax.random.uniform(rng), ({}, extra)), params)  # noqa: E731
+    key, batch = jax.random.key(0), {"x": jnp.zeros((4, 1))}
+    (value, _), _ = _accumulate(gradient, 2)({"a": jnp.zeros(1)}, {}, batch, key)
+    draws = [jax.random.uniform(jax.random.fold_in(key, index)) for index in range(2)]
+    np.testing.assert_allclose(value, np.mean(draws), rtol=1e-6)
 
 
 def test_randomness_is_a_function_of_seed_and_step():
