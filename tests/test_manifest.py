@@ -48,8 +48,8 @@ def test_every_bit_flip_is_noticed(folder, name):
 def test_bit_flips_in_the_manifest_are_noticed_or_change_nothing(folder):
     path = folder / manifest.MANIFEST_NAME
     original, expected = path.read_bytes(), manifest.verify_manifest(folder)
-    noticed = 0
-    for bit in range(len(original) * 8):
+    noticed, bits = 0, range(0, len(original) * 8, 5)
+    for bit in bits:
         data = bytearray(original)
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
@@ -57,7 +57,7 @@ def test_bit_flips_in_the_manifest_are_noticed_or_change_nothing(folder):
             assert manifest.verify_manifest(folder) == expected  # a changed space between two tokens
         except UserError as error:
             noticed += str(path) in str(error)
-    assert noticed > 0.8 * len(original) * 8
+    assert noticed > 0.8 * len(bits)
 
 
 def test_structural_damage_is_named(folder):
