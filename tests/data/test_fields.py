@@ -11,6 +11,14 @@ def test_mapping_picks_nested_and_alternative_names():
     assert fields.reads("jpg") and fields.reads("json") and not fields.reads("other")
 
 
+def test_only_what_is_needed_is_selected_unless_something_is_missing():
+    record = {"png": b"1", "json": {"caption": "c", "id": 1}, "other": 3}
+    selected = FieldMap.parse({"image": "jpg;png", "text": "json/caption"}).needed(record)
+    assert selected == {"png": b"1", "json": {"caption": "c", "id": 1}}
+    assert FieldMap.parse({"image": "jpg"}).needed(record) == record
+    assert FieldMap.parse(None).needed(record) == record
+
+
 def test_names_may_hold_slashes():
     assert FieldMap.parse({"id": "image/id"}).apply({"image/id": 5}, "k", "")["id"] == 5
     assert FieldMap.parse({"id": "a/b/c"}).apply({"a/b": {"c": 5}}, "k", "")["id"] == 5

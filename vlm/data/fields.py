@@ -46,6 +46,11 @@ class FieldMap:
             choice == name or choice.startswith(name + "/") for _, choices in self.mapping for choice in choices
         )
 
+    def needed(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries that the mapping reads; all where it needs an absent one, so that messages can list them."""
+        found = all(any(lookup(record, choice) is not _ABSENT for choice in choices) for _, choices in self.mapping)
+        return {name: value for name, value in record.items() if not found or self.reads(name)}
+
     def apply(self, record: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
         """Returns the example of `record`.
 

@@ -57,7 +57,8 @@ class TfdsSource:
         self._records = builder.as_data_source(self.split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
         self._length = len(self._records)
         self._convert = _converter(builder.info.features)
-        self._parser = example_parser.ExampleParserNp(builder.info.features.get_serialized_info())
+        stored = builder.info.features.get_serialized_info()
+        self._parser = example_parser.ExampleParserNp(self._fields.needed(stored))
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_records", "_convert", "_parser")}
