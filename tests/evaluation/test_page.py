@@ -21,12 +21,14 @@ class Page(html.parser.HTMLParser):
     def __init__(self, content):
         super().__init__()
         self.tags, self.sources, self.texts, self.languages, self.open = [], [], [], set(), []
+        self.anchors = []
         self.feed(content)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         attributes = dict(attributes)
         self.sources += [attributes[name] for name in ("src", "href") if name in attributes]
+        self.anchors += ["#" + attributes["id"]] if "id" in attributes else []
         self.languages.add(attributes.get("lang"))
         if tag not in self.VOID:
             self.open.append(tag)
@@ -50,12 +52,23 @@ def test_names_are_escaped_and_marked(model, params, processor, colours):
     content = render({'n"<i>': result}, {"checkpoint": EVIL, "environment": {"git": None, "devices": {"cpu": 8}}})
     page = Page(content)
     assert not page.open and "script" not in page.tags and "i" not in page.tags
-    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    pictures = [source for source in page.sources if source not in page.anchors]
+    assert pictures and all(source.startswith("data:image/png;base64,") for source in pictures)
+    assert page.anchors == ["#e0"] and "#e0" in page.sources
     text = "".join(page.texts)
     assert '<script>alert("x")</script>' in text and "أزرق" in text and "红" in text and "\x00" not in content
     assert 'zh"><b>' in page.languages and "8 × cpu" in text
     assert "default-src 'none'" in content
     assert '<bdi dir="auto"' in content
+
+
+def test_classification_comes_first_and_the_summary_leads_to_every_section(model, params, processor, colours):
+    data, _ = colours(count=10)
+    result = zero_shot(model, params, processor, data, ("red", "green", "blue", "yellow", "white"))
+    results = {"other": Result("embeddings", {"images": 1.0}, {}, 1, 0, {}), "second": result, "third": result}
+    page = Page(render(results, {}))
+    assert page.anchors == ["#e0", "#e1", "#e2"] == page.sources[:3]
+    assert [text for text in page.texts if text in results] == ["second", "third", "other"] * 2
 
 
 def test_wrong_answers_are_at_most_half():

@@ -35,10 +35,12 @@ def render(results: Mapping[str, Result], about: Mapping[str, Any]) -> str:
       results: by name of the evaluation.
       about: what was evaluated (checkpoint, step, versions, …), shown on top.
     """
+    place = {kind: number for number, kind in enumerate(SECTIONS)}
+    results = dict(sorted(results.items(), key=lambda item: place.get(item[1].kind, len(place))))
     parts = [f"<header><h1>{html.text('Evaluation')}</h1>", html.facts(_origin(about)), "</header>", _summary(results)]
-    for name, result in results.items():
+    for number, (name, result) in enumerate(results.items()):
         language = str(result.details.get("language", ""))
-        parts.append(f"<section><h2>{html.text(name)}</h2>")
+        parts.append(f'<section id="e{number}"><h2>{html.text(name)}</h2>')
         parts.append(f'<p class="soft">{_sentence(result)}</p>')
         if result.kind != "embeddings":
             cards = (
@@ -64,10 +66,11 @@ def _origin(about: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _summary(results: Mapping[str, Result]) -> str:
     rows = []
-    for name, result in results.items():
+    for number, (name, result) in enumerate(results.items()):
         shown = _headline(result)
         language = html.text(result.details.get("language", ""))
-        rows.append([html.text(name), html.text(_words(result.kind)), language, f"{result.n:,}", html.text(shown)])
+        link = f'<a href="#e{number}">{html.text(name)}</a>'
+        rows.append([link, html.text(_words(result.kind)), language, f"{result.n:,}", html.text(shown)])
     return "<h3>Summary</h3>" + html.table(["evaluation", "kind", "language", "examples", "result"], rows, [3])
 
 
