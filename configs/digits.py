@@ -23,7 +23,7 @@ WIDTH = 64
 IMAGE = {"size": IMAGE_SIZE, "crop": IMAGE_SIZE}
 JOINT = {"project_dim": WIDTH, "projection_dim": WIDTH}
 TOWER = {"hidden_size": WIDTH, "num_layers": 2, "num_heads": 4, "mlp_dim": 4 * WIDTH}
-VISION = {**TOWER, "image_size": IMAGE_SIZE, "patch_size": 4}
+VISION = {**TOWER, "num_layers": 3, "image_size": IMAGE_SIZE, "patch_size": 4}
 TEXT = {**TOWER, "vocab_size": MULTILINGUAL_PIECES + 2, "max_length": 42}
 TEXT |= {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 CLIP_TEXT = {**TOWER, "vocab_size": ENGLISH_VOCAB, "eos_id": 1}
@@ -51,7 +51,7 @@ def _clip(config: ConfigDict, folder: str) -> None:
         "max_length": 12,
     }
     config.data = {"batch_size": 64, "sources": (_images(folder, "train", "en"),)}
-    config.optimizer = _adamw(lr=2e-3, warmup_steps=80)
+    config.optimizer = _adamw(lr=1e-3, warmup_steps=80)
     config.train = {"steps": 800, "log_every": 100}
     config.eval = _evaluations(folder, ("en",))
 
