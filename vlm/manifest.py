@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,8 +76,8 @@ def verify_manifest(directory: str | Path, level: Literal["full", "fast"] = "ful
         if size != expected["size"]:
             raise UserError(f"{directory / name}: {size} bytes, expected {expected['size']}: truncated or changed")
     if level == "full":
-        for name, expected in manifest["files"].items():
-            verify_digest(found[name], expected["sha256"])
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
+            list(pool.map(lambda name: verify_digest(found[name], manifest["files"][name]["sha256"]), found))
     return manifest
 
 

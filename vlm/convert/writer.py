@@ -28,6 +28,7 @@ from vlm.manifest import fsync_directory, write_atomically
 BLOCK_BYTES = 16 * 2**20
 _WRITE_BYTES = 2**20  # larger single writes took several times the system time here (Linux 6, ext4)
 MAX_SHARD_BYTES = 50 * 10**9
+_FLUSH_BYTES = 256 * 2**20
 _PENDING = 3
 # The order in which the safetensors library stores types, so that files are byte-identical with its own.
 _ORDER = ("U64", "I64", "F64", "U32", "F32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
@@ -122,8 +123,9 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _stream(file: Any, start: bytes, tensors: Mapping[str, TensorView], progress: Progress) -> str:
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as flusher:
         pending: deque[tuple[Future[None], Future[None], int]] = deque()
+        unflushed, flushed = 0, flusher.submit(int)
 
         def settle(left: int) -> None:
             while len(pending) > left:
@@ -135,7 +137,11 @@ def _stream(file: Any, start: bytes, tensors: Mapping[str, TensorView], progress
         for block in _blocks(start, tensors):
             pending.append((hasher.submit(digest.update, block), writer.submit(_write, file, block), len(block)))
             settle(_PENDING)
+            unflushed += len(block)
+            if unflushed > _FLUSH_BYTES and flushed.done():  # the disk works while the rest is still being read
+                unflushed, flushed = 0, flusher.submit(os.fdatasync, file.fileno())
         settle(0)
+        flushed.result()
     return digest.hexdigest()
 
 
