@@ -91,6 +91,8 @@ def test_a_duplicate_fills_in_and_is_compared():
     tensors["head.weight"] = tensors["head.weight"].copy()
     tensors["head.weight"][3, 2] += 1e-6
     assert problems(tensors) == "file: 1 problems: head.weight differs from embed.weight"
+    tensors["head.weight"] = tensors["embed.weight"][:4]
+    assert problems(tensors) == "file: 1 problems: head.weight differs from embed.weight"
 
 
 def test_every_problem_is_named_in_one_message():
