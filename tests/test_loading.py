@@ -103,7 +103,7 @@ def test_sharded_loading_reads_only_its_slices(folder, params, monkeypatch):
 
 
 def test_loaded_arrays_do_not_alias_the_file():
-    """Aligned NumPy memory is adopted by jax without copying: a mapped file that changes would change the parameters."""
+    """Aligned NumPy memory is adopted by jax without copying: a changed file would change the parameters."""
     memory = np.zeros(4096 + 64, np.uint8)
     start = -memory.ctypes.data % 64
     mapped = memory[start : start + 4096].view(np.float32)
