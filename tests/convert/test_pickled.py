@@ -139,11 +139,11 @@ def test_bombs_are_bounded():
         "long integer": PROTO + b"\x8b" + struct.pack("<i", 2**31 - 1) + b"1.",
     }
     for name, data in bombs.items():
-        before, start = rss(), time.perf_counter()
+        before, start = rss(), time.process_time()
         with contextlib.suppress(UserError):
             load(data)
         assert rss() - before < len(data) + 200e6, name
-        assert time.perf_counter() - start < 5, name
+        assert time.process_time() - start < 5, name
 
 
 def test_plain_containers_and_positions():
