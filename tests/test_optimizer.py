@@ -144,3 +144,14 @@ def test_schedules(schedule, expected):
 def test_ema():
     average = update_ema({"a": jnp.asarray([1.0, 2.0])}, {"a": jnp.asarray([3.0, 2.0])}, 0.75)
     np.testing.assert_allclose(average["a"], [1.5, 2.0])
+
+
+def test_bounds_keep_a_parameter_in_its_range_unless_the_step_is_bad():
+    optimizer = make_optimizer(OptimizerConfig(bounds=(("logit_scale", 0.0, 4.6), ("text/bias", -1.0, 1.0))), PATHS, 1)
+    params = tree(0) | {"logit_scale": jnp.float32(5.0)}
+    kept = optimizer.bounded(params, jnp.array(True))
+    assert kept["logit_scale"] == jnp.float32(4.6) and np.abs(kept["text"]["bias"]).max() <= 1
+    np.testing.assert_array_equal(kept["text"]["kernel"], params["text"]["kernel"])
+    assert optimizer.bounded(params, jnp.array(False))["logit_scale"] == 5.0
+    default = make_optimizer(OptimizerConfig(), PATHS, 1)
+    np.testing.assert_allclose(default.bounds["logit_scale"], (0.0, np.log(100.0)), rtol=1e-12)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vlm.data.batch import LoaderSettings
 from vlm.data.loader import Loader
 from vlm.data.source import open_sources
 from vlm.data.teacher_cache import TeacherCache, WithTarget
+from vlm.errors import UserError
 from vlm.family import Family
 from vlm.layers.pixels import normalise_pixels
 from vlm.models import get_family
@@ -29,7 +31,7 @@ from vlm.schema import Config
 from vlm.sharding import local_rows, unbox
 from vlm.strict import build
 from vlm.training import LossFn, StateInit, make_train_step, trace_step
-from vlm.tree import flatten
+from vlm.tree import flatten, listing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +76,19 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
 
     paths = flatten(unbox(jax.eval_shape(lambda: init_params(jax.random.key(0)))))
     optimizer = make_optimizer(settings.optimizer, paths, settings.train.steps)
+    _check_locked(loss_config, optimizer)
     init = StateInit(init_params, init_extra, optimizer, settings.precision.frozen)
     return Experiment(family, model_config, model, loss_config, loss, optimizer, init)
+
+
+def _check_locked(loss_config: Any, optimizer: Optimizer) -> None:
+    """Refuses to train what the objective does not reach: weight decay alone would shrink it."""
+    locked = getattr(loss_config, "locked", "")
+    loose = [path for path, group in optimizer.groups.items() if not group.freeze and re.fullmatch(locked, path)]
+    if loose:
+        raise UserError(
+            f"config.optimizer.groups: the objective gives no gradient to {listing(loose, 4)}; freeze {locked!r}"
+        )
 
 
 def make_processor(settings: Config, family: Family) -> Any:
@@ -107,7 +120,13 @@ def make_loader(settings: Config, processor: Any, split: NamedSharding, ledger: 
     sources, weights = open_sources(data.sources)
     transform = processor.example
     if data.teacher_cache is not None:
-        transform = WithTarget(transform, TeacherCache(data.teacher_cache))
+        cache = TeacherCache(data.teacher_cache)
+        target = build(get_family(settings.family).loss_type, settings.loss, "loss").target
+        if cache.teacher.split(":")[0] != target:
+            raise UserError(
+                f"{cache.path}: embeddings of {cache.teacher.split(':')[0]!r}, config.loss.target is {target!r}"
+            )
+        transform = WithTarget(transform, cache)
     return Loader(sources, transform, loader, weights=weights, ledger=ledger)
 
 

@@ -21,9 +21,6 @@ RING_FROM = 65_536
 BLOCK_ROWS = 4096
 """Most rows of a block of logits that the ring form holds at once."""
 
-MAX_LOGIT_SCALE = math.log(100.0)
-"""CLIP's bound on the log temperature (Radford et al. 2021, section 2.5)."""
-
 Scalar = Float[Array, ""]
 Axes = tuple[str, ...]
 
@@ -101,11 +98,6 @@ def chunked_cross_entropy(
 
     (total, count), _ = jax.lax.scan(step, (jnp.zeros(()), jnp.zeros((), jnp.int32)), (hidden, labels))
     return total / jnp.maximum(count, 1)
-
-
-def clamp_logit_scale(logit_scale: Scalar, maximum: float = MAX_LOGIT_SCALE) -> Scalar:
-    """The log temperature kept in [0, maximum], to be applied to the parameter after an update (CLIP, OpenCLIP)."""
-    return jnp.clip(logit_scale, 0.0, maximum)
 
 
 def _cross_entropy_sum(logits: jax.Array, labels: jax.Array, ignore: int) -> tuple[jax.Array, jax.Array]:

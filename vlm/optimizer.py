@@ -31,6 +31,7 @@ class Optimizer:
       decay: weight decay of every trainable parameter, by path.
       schedule: step → learning rate.
       rule: how gradients change parameters.
+      bounds: range of every trainable parameter that has one, by path.
       ema_decay: None without an average.
     """
 
@@ -39,6 +40,13 @@ class Optimizer:
     schedule: optax.Schedule
     rule: Rule
     ema_decay: float | None
+    bounds: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    def bounded(self, params: Params, good: jax.Array) -> Params:
+        """`params` with the bounded ones kept in their range, where `good`."""
+        flat = flatten(params)
+        kept = {path: jnp.where(good, jnp.clip(flat[path], *ends), flat[path]) for path, ends in self.bounds.items()}
+        return unflatten(flat | kept)
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Takes `params` (boxed or not) apart into (trainable, frozen), both nested dicts."""
@@ -152,7 +160,7 @@ def make_optimizer(config: OptimizerConfig, paths: Iterable[str], steps: int) ->
         raise UserError("config.optimizer.groups freeze every parameter: nothing is left to train")
     decay = {path: _decay(config, groups[path], path) for path in trainable}
     rule = _rule(config, unflatten(decay))
-    return Optimizer(groups, decay, learning_rate(config, steps), rule, config.ema_decay)
+    return Optimizer(groups, decay, learning_rate(config, steps), rule, config.ema_decay, _bounds(config, trainable))
 
 
 def _decay(config: OptimizerConfig, group: GroupConfig, path: str) -> float:
@@ -163,6 +171,18 @@ def _decay(config: OptimizerConfig, group: GroupConfig, path: str) -> float:
     if excluded:
         return 0.0
     return config.weight_decay if group.weight_decay is None else group.weight_decay
+
+
+def _bounds(config: OptimizerConfig, trainable: Iterable[str]) -> dict[str, tuple[float, float]]:
+    try:
+        return {
+            path: (low, high)
+            for path in trainable
+            for pattern, low, high in config.bounds
+            if re.fullmatch(pattern, path)
+        }
+    except re.error as error:
+        raise UserError(f"config.optimizer.bounds: {error.pattern!r} is not a regular expression") from None
 
 
 def _rule(config: OptimizerConfig, decay: Params) -> Rule:

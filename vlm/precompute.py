@@ -105,7 +105,7 @@ def _embeddings(
     import numpy as np
     from tqdm import tqdm
 
-    from vlm.data.teacher_cache import normalise
+    from vlm.data.teacher_cache import sentence_key
     from vlm.models.altclip.processor import TEACHER_LENGTH
 
     def sentences() -> Iterator[str]:
@@ -117,7 +117,7 @@ def _embeddings(
                     raise UserError(
                         f"{source.name}, record {index}: expected a `source_text` string, found {text!r:.80}"
                     )
-                key = hashlib.blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+                key = sentence_key(text)
                 if key not in seen:
                     seen.add(key)
                     yield text
@@ -131,16 +131,16 @@ def _embeddings(
 
 
 def _fingerprint(loss: Any, teacher: Any) -> str:
-    """SHA-256 over the teacher's weights and the target that is taken from it."""
+    """The target that is taken from the teacher, and the SHA-256 of its weights."""
     import numpy as np
 
     from vlm.tree import flatten
 
-    digest = hashlib.sha256(f"{loss.target}:{loss.teacher}".encode())
+    digest = hashlib.sha256(repr(loss.teacher).encode())
     for path, leaf in sorted(flatten(teacher).items()):
         digest.update(path.encode())
         digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+    return f"{loss.target}:{digest.hexdigest()}"
 
 
 if __name__ == "__main__":

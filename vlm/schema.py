@@ -128,6 +128,8 @@ class OptimizerConfig:
       betas: moment decays of adamw and lion; sgd uses the first as momentum.
       weight_decay: decoupled (multiplied with the learning rate); not applied to paths in `decay_exclude`.
       grad_clip_norm: bound on the global norm over all trainable gradients.
+      bounds: (path regex, lowest, highest): such parameters are kept in that range after every update. The default is
+        CLIP's for its log temperature, [0, ln 100] (Radford et al. 2021, section 2.5).
       groups: (path regex, settings); the first full match wins. Every parameter must match one and every regex at
         least one parameter. Frozen parameters have no gradient and no optimizer state.
       accumulation_steps: micro-batches per step. Each is a batch of its own to the loss: a contrastive loss then sees
@@ -147,6 +149,7 @@ class OptimizerConfig:
         r".*position_embedding(/.*)?",
     )
     grad_clip_norm: float | None = None
+    bounds: tuple[tuple[str, float, float], ...] = ((r"(.*/)?logit_scale", 0.0, 4.605170185988092),)
     groups: tuple[tuple[str, GroupConfig], ...] = ((".*", GroupConfig()),)
     accumulation_steps: int = 1
     ema_decay: float | None = None

@@ -178,6 +178,7 @@ def make_train_step(
         new, opt_state, good = optimizer.rule.apply(
             grads, grad_norm, state.opt_state, trainable, optimizer.step_sizes(learning_rate), good
         )
+        new = optimizer.bounded(new, good)
         ema = update_ema(state.ema, new, optimizer.ema_decay) if optimizer.ema_decay is not None else state.ema
         ema, extra = jax.tree.map(
             lambda after, before: jnp.where(good, after, before), (ema, extra), (state.ema, state.extra)

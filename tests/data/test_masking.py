@@ -17,7 +17,9 @@ def test_rates_labels_and_untouchable_tokens():
     assert (labels[chosen] == 7).all() and (fed[~chosen] == tokens[~chosen]).all()
     eligible = (mask & (tokens == 7)).sum()
     assert abs(chosen.sum() / eligible - 0.15) < 0.005
+    drawn = fed[chosen & (fed != 99) & (fed != 7)]
+    assert not np.isin(drawn, [0, 1, 2]).any() and set(drawn) == set(range(3, 99)) - {7}
     shares = [(fed[chosen] == 99).mean(), (fed[chosen] == 7).mean()]
-    np.testing.assert_allclose(shares, [0.8 + 0.001, 0.1 + 0.001], atol=0.01)
+    np.testing.assert_allclose(shares, [0.8, 0.1 + 0.1 / 96], atol=0.01)
     again, _ = mask_tokens(tokens, mask, np.random.default_rng(0), **options)
     np.testing.assert_array_equal(fed, again)

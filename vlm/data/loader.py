@@ -62,6 +62,7 @@ class Loader:
             self.stream = EvalStream(lengths, settings.seed)
         self.ledger = SkipLedger(ledger, settings.host_index)
         identity = [settings.batch_size, settings.seed, train, shares, [s.fingerprint for s in self.sources]]
+        identity.append(getattr(transform, "fingerprint", ""))  # what the transform joins from elsewhere
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
 
     @property

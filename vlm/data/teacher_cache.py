@@ -274,6 +274,11 @@ class WithTarget:
     cache: TeacherCache
     field: str = "source_text"
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the teacher: another one's embeddings are other data."""
+        return self.cache.teacher
+
     def __call__(self, example: dict[str, Any], rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
         """Applies the transform and joins the embedding."""
         return {**self.transform(example, rng, train), "target": self.cache[example[self.field]]}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from vlm.encoders.clip_text import ClipTextConfig
 from vlm.errors import UserError
 from vlm.family import Batch, Extra, Metrics, Params
-from vlm.losses import contrastive, cross_entropy, mean_squared_error
+from vlm.losses import chunked_cross_entropy, contrastive, mean_squared_error
 from vlm.models.altclip.model import AltCLIP, AltCLIPConfig, normalise
 
 
@@ -25,7 +25,6 @@ class LossConfig:
       target: what the student regresses onto, the teacher's end-of-text state ("pooled") or its projection.
       teacher: architecture of the live teacher; None where batches carry precomputed targets.
       lock_image: the image tower is neither trained nor run with dropout (LiT, Zhai et al. 2022).
-      max_logit_scale: upper bound of the log temperature (CLIP: ln 100), or None.
       form: how the batch × batch logits are computed, see `vlm.losses.contrastive`.
     """
 
@@ -34,8 +33,23 @@ class LossConfig:
     teacher: ClipTextConfig | None = None
     teacher_projection_dim: int = 768
     lock_image: bool = True
-    max_logit_scale: float | None = 4.6052
     form: Literal["auto", "rows", "ring"] = "auto"
+
+    @property
+    def locked(self) -> str:
+        """Regular expression of the parameters that the objective does not train."""
+        towers = {
+            "contrastive": r"vision/.*|vision_projection/.*" if self.lock_image else "",
+            "teacher_learning": r"vision/.*|vision_projection/.*|logit_scale"
+            + (r"|text_projection/.*" if self.target == "pooled" else ""),
+            "lm": r"vision/.*|(vision|text)_projection/.*|text_(norm|transformation)/.*|logit_scale",
+        }
+        return towers[self.objective]
+
+
+REQUIRED = {"contrastive": ("image", "tokens", "mask"), "teacher_learning": ("tokens", "mask")}
+REQUIRED["lm"] = ("tokens", "mask", "labels")
+"""What a batch must hold for each objective."""
 
 
 def teacher_model(config: LossConfig) -> AltCLIP | None:
@@ -58,7 +72,16 @@ def init_extra(config: LossConfig, rng: jax.Array) -> Extra:
 def loss(
     model: AltCLIP, params: Params, extra: Extra, batch: Batch, rng: jax.Array, config: LossConfig
 ) -> tuple[jax.Array, tuple[Metrics, Extra]]:
-    """Dispatches on the configured objective; see `vlm.family.Loss`."""
+    """Dispatches on the configured objective; see `vlm.family.Loss`.
+
+    Raises:
+      UserError: the batches lack something that the objective needs.
+    """
+    missing = [name for name in REQUIRED[config.objective] if name not in batch]
+    if missing:
+        hint = " (config.processor.mlm_probability makes labels)" if missing == ["labels"] else ""
+        given = ", ".join(sorted(batch))
+        raise UserError(f"objective {config.objective!r} needs {', '.join(missing)}; the examples give {given}{hint}")
     value, metrics = OBJECTIVES[config.objective](model, params, extra, batch, rng, config)
     return value, (metrics, extra)
 
@@ -109,22 +132,32 @@ def _contrastive(
     image_rng, text_rng = jax.random.split(rng)
     image = _apply(model, params, image_rng, model.encode_image, batch["image"], deterministic=config.lock_image)
     text = _apply(model, params, text_rng, model.encode_text, batch["tokens"], batch["mask"])
-    scale = params["logit_scale"]
-    if config.max_logit_scale is not None:
-        scale = jnp.minimum(scale, config.max_logit_scale)
+    scale = jnp.exp(params["logit_scale"])
     image, text = normalise(jax.lax.stop_gradient(image) if config.lock_image else image), normalise(text)
-    value = contrastive(image, text, jnp.exp(scale), form=config.form)
+    value = contrastive(image, text, scale, form=config.form)
     positive = jnp.sum(image * text, axis=-1).mean()
-    return value, {"contrastive": value, "logit_scale": jnp.exp(scale), "positive_cosine": positive}
+    return value, {"contrastive": value, "logit_scale": scale, "positive_cosine": positive}
 
 
 def _lm(
     model: AltCLIP, params: Params, extra: Extra, batch: Batch, rng: jax.Array, config: LossConfig
 ) -> tuple[jax.Array, Metrics]:
-    """Cross-entropy at the masked positions; `labels` is −100 everywhere else."""
+    """Cross-entropy at the masked positions; `labels` is −100 everywhere else.
+
+    One position of all rows at a time, so that the logits never exist for more than B tokens and the batch stays on
+    its devices.
+    """
     del extra, config
-    logits = _apply(model, params, rng, model.lm_logits, batch["tokens"], batch["mask"])
-    value = cross_entropy(logits, batch["labels"])
+    if not model.config.lm_head:
+        raise UserError("objective 'lm' needs config.model.lm_head=True")
+    hidden = _apply(model, params, rng, model.encode_states, batch["tokens"], batch["mask"])
+    hidden, labels = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(batch["labels"], 0, 1)
+
+    def head(rows: jax.Array) -> jax.Array:
+        return jnp.asarray(model.apply({"params": params}, rows, method=model.lm_decode))
+
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    value = chunked_cross_entropy(rows, head, labels.reshape(-1), chunk=labels.shape[1])
     return value, {"lm": value}
 
 

@@ -93,7 +93,7 @@ class LMHead(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "b l e"], embedding: Float[Array, "v e"]) -> Float[Array, "b l v"]:
+    def __call__(self, hidden: Float[Array, "*b e"], embedding: Float[Array, "v e"]) -> Float[Array, "*b v"]:
         dtype = jnp.dtype(self.dtype)
         hidden = Linear(hidden.shape[-1], ("embed", "projection"), dtype=dtype, name="dense")(hidden)
         hidden = LayerNorm(self.norm_eps, dtype, name="norm")(ACTIVATIONS["gelu"](hidden))
@@ -229,7 +229,16 @@ class AltCLIP(nn.Module):
         self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None, *, deterministic: bool = True
     ) -> Float[Array, "b l v"]:
         """Masked-language-modelling logits of the text tower."""
-        hidden = self.text(tokens, mask, deterministic=deterministic).last_hidden_state
+        return self.lm_decode(self.encode_states(tokens, mask, deterministic=deterministic))
+
+    def encode_states(
+        self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None, *, deterministic: bool = True
+    ) -> Float[Array, "b l e"]:
+        """The text encoder's last hidden states, before AltCLIP's head."""
+        return self.text(tokens, mask, deterministic=deterministic).last_hidden_state
+
+    def lm_decode(self, hidden: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
+        """Masked-language-modelling logits of text encoder states."""
         return self.lm_head(hidden, self.text.token_embedding.embedding)
 
     def _text_head(self, encoded: EncoderOutput) -> EncoderOutput:
