@@ -11,7 +11,10 @@ Importing the package imports no jax: `load`, `save` and the sub-packages are re
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm.loading import load, save
 
 __version__ = "0.1.0"
 __all__ = ["load", "save"]
