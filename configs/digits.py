@@ -10,7 +10,10 @@
 languages what CLIP's own says in English. `contrastive` tunes that tower on image-text pairs, the image tower locked.
 `configs/digits.py:clip,FOLDER` reads and expects everything in FOLDER instead of `demo_output`.
 
-Expected, on 360 scans that no stage has seen (chance is 10 %):
+Expected on 360 scans that no stage has seen: zero-shot accuracy 98.6 % in every language (97.5 to 98.6 over seeds 0, 1
+and 2; chance is 10 %), retrieval mean recall 0.99. `clip` takes about a minute on two CPU cores, `teacher` half of
+that, `contrastive` and the evaluation ten seconds each. A digit comes with twelve English captions, so a batch of 64
+holds about six right captions for every picture of which the loss knows one: it cannot fall below ln 6 = 1.8.
 """
 
 from ml_collections import ConfigDict
@@ -51,7 +54,7 @@ def _clip(config: ConfigDict, folder: str) -> None:
         "max_length": 12,
     }
     config.data = {"batch_size": 64, "sources": (_images(folder, "train", "en"),)}
-    config.optimizer = _adamw(lr=1e-3, warmup_steps=80)
+    config.optimizer = _adamw(lr=2e-3, warmup_steps=80)
     config.train = {"steps": 800, "log_every": 100}
     config.eval = _evaluations(folder, ("en",))
 
