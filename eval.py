@@ -20,6 +20,7 @@ from typing import Any
 
 from vlm.config import build, command_line, config_hash, parse_command, parse_config_flag
 from vlm.errors import UserError, exit_on_user_error
+from vlm.hosts import add_host_flags, connect
 from vlm.schema import Config
 
 
@@ -34,9 +35,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights and computation; default: as stored"
     )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts: address of the first")
-    parser.add_argument("--num_processes", type=int, help="several hosts: how many")
-    parser.add_argument("--process_id", type=int, help="several hosts: which one this is, from 0")
+    add_host_flags(parser)
     return parser
 
 
@@ -50,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--checkpoint: no such file or folder: {options.checkpoint}")
         if config is None:
             config = _recorded(Path(options.checkpoint))
-        from train import connect
-
         connect(options)
         metrics = evaluate(config, build(Config, config, ""), options)
     print(json.dumps(metrics, ensure_ascii=False))
@@ -92,9 +89,10 @@ def _pinned(path: Path) -> Path:
     """Of a training workdir the newest step as of now, so that what is recorded is what is loaded."""
     if not (path / "checkpoints").is_dir():
         return path
+    from vlm.checkpoint.processes import from_primary
     from vlm.checkpoint.reading import find_step
 
-    return find_step(path)
+    return Path(from_primary(lambda: str(find_step(path))))
 
 
 def _about(checkpoint: Path, config: Any, options: argparse.Namespace) -> dict[str, Any]:

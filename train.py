@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from vlm.config import build, command_line, config_hash, parse_command
 from vlm.errors import UserError, exit_on_user_error
+from vlm.hosts import add_host_flags, connect
 from vlm.metrics import Diverged
 from vlm.schema import Config
 
@@ -30,9 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", metavar="DIR", help="where checkpoints, metrics and samples go")
     parser.add_argument("--dry_run", action="store_true", help="describe the run without allocating a weight")
     parser.add_argument("--allow_config_change", action="store_true", help="go on with another configuration or data")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts: address of the first")
-    parser.add_argument("--num_processes", type=int, help="several hosts: how many")
-    parser.add_argument("--process_id", type=int, help="several hosts: which one this is, from 0")
+    add_host_flags(parser)
     return parser
 
 
@@ -57,16 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.exit(f"error: {error}")  # the input is not wrong: status 1
 
 
-def connect(options: argparse.Namespace) -> None:
-    """Joins the other hosts: named by flags, or found in the environment."""
-    import jax
-
-    if options.coordinator or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
-    elif options.num_processes is not None or options.process_id is not None:
-        raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT")
-
-
 def train(config: Any, settings: Config, workdir: Path, allow_change: bool = False) -> int:
     """The whole run. Returns the exit status: 0 when all steps are done, 75 when it was stopped and saved."""
     import jax
@@ -75,25 +63,25 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
     from vlm import evaluation, sharding
     from vlm import workdir as folder
     from vlm.checkpoint import Checkpoints
+    from vlm.checkpoint.processes import from_primary
     from vlm.experiment import compile_step, experiment, make_loader, make_processor, make_report
     from vlm.host_memory import keep_freed_memory
     from vlm.preemption import Preemption
 
-    primary = jax.process_index() == 0
+    primary, micro = jax.process_index() == 0, settings.optimizer.accumulation_steps
     mesh = sharding.make_mesh(settings.sharding.mesh)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     with contextlib.ExitStack() as stack:
-        if primary:
-            stack.enter_context(folder.claim(workdir))
-            folder.check_config(workdir, config, allow_change)
+        from_primary(lambda: stack.enter_context(folder.claim(workdir)))
+        from_primary(lambda: folder.check_config(workdir, config, allow_change))
         stack.enter_context(sharding.use(mesh, settings.sharding.rules))
         preemption = stack.enter_context(Preemption(mesh if jax.process_count() > 1 else None))
 
         # Model and data; nothing is allocated yet.
         parts = experiment(settings)
         placements = sharding.place(parts.init.abstract(), settings.sharding.rules, mesh.shape)
-        split = NamedSharding(mesh, sharding.batch_spec(settings.sharding, settings.data.batch_size, mesh.shape))
+        split = NamedSharding(mesh, sharding.batch_spec(settings.sharding, settings.data.batch_size, mesh.shape, micro))
         processor = make_processor(settings, parts.family)
         loader = make_loader(settings, processor, split, workdir)
         evaluations = evaluation.prepare(settings.eval)
@@ -102,8 +90,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.train.keep)
         stack.enter_context(contextlib.closing(checkpoints))
         state = begin(settings, parts.init, placements, mesh, checkpoints, loader.fingerprint, allow_change)
-        if primary:
-            folder.record(workdir, config, processor)
+        from_primary(lambda: folder.record(workdir, config, processor))
 
         # The step, compiled for the first batch; then the loop.
         batches = stack.enter_context(loader.iterate(int(state.step)))
@@ -189,12 +176,12 @@ def loop(
         stopping = preemption.stop()
         if number < last and not stopping:
             item = next(feed)  # while the step runs
-        if settings.eval and due(number, settings.train.eval_every) and not stopping:
-            with report.paused():
-                report.evaluated(number, evaluate(number, state))
         if stopping or number == last or due(number, settings.train.checkpoint_every):
             with report.paused():
                 save(number, state, wait=stopping or number == last)
+        if settings.eval and due(number, settings.train.eval_every) and not stopping:
+            with report.paused():
+                report.evaluated(number, evaluate(number, state))
         if stopping and number < last:
             report.say(f"stopped and saved at step {number}; the same command goes on from there")
             return EXIT_PREEMPTED

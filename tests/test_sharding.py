@@ -1,11 +1,15 @@
 """Meshes, placement of boxed trees, and the trap in which logical constraints do nothing."""
 
+import collections
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm import sharding
@@ -33,6 +37,67 @@ def test_mesh_axes_are_automatic_and_tensor_neighbours_are_adjacent():
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     assert dict(mesh.shape) == SIZES and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert [d.id for d in mesh.devices[1, 0]] == [4, 5]
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuCore:
+    """One chip of a v4 slice of 4x4x4: a host has 2x2x1 of them."""
+
+    id: int
+    slice_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        return self.id % 4, self.id // 4 % 4, self.id % 64 // 16
+
+    @property
+    def process_index(self):
+        x, y, z = self.coords
+        return self.slice_index * 16 + x // 2 + y // 2 * 2 + z * 4
+
+
+def rows_of_hosts(grid, batch_size):
+    """Row ranges per host of a batch split over (data, fsdp), as `NamedSharding` splits it."""
+    positions = grid.reshape(-1, grid.shape[-1])
+    step, parts = batch_size // len(positions), {}
+    for row, devices in enumerate(positions):
+        for device in devices:
+            parts.setdefault(device.process_index, set()).add((row * step, (row + 1) * step))
+    return sharding.host_rows(parts, batch_size)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (4, 1), (8, 1), (1, 4), (4, 4)])
+def test_hosts_of_a_tpu_hold_one_run_of_rows_each(fsdp, tensor, slices):
+    devices = [TpuCore(i, i // 64) for i in range(64 * slices)]
+    grid = sharding.device_grid(MeshConfig(-1, fsdp, tensor), devices)
+    assert grid.shape == (64 * slices // fsdp // tensor, fsdp, tensor) and set(grid.flat) == set(devices)
+    rows = rows_of_hosts(grid, 256)
+    assert len(rows) == 16 * slices
+    counts = collections.Counter(rows.values())
+    assert sorted(counts) == [(i, i + 256 // len(counts)) for i in range(0, 256, 256 // len(counts))]
+    if tensor == 1:
+        assert len(counts) == 16 * slices
+    for part, half in enumerate(np.split(grid, slices)):  # only the data axis crosses slices
+        assert {device.slice_index for device in half.flat} == {part}
+
+
+def test_the_torus_order_alone_scatters_the_rows_of_a_host():
+    scattered = mesh_utils.create_device_mesh((64, 1, 1), [TpuCore(i) for i in range(64)])
+    with pytest.raises(UserError, match="one equal run of the 64 rows of a batch, found rows .* on host 0"):
+        rows_of_hosts(scattered, 64)
+    assert rows_of_hosts(sharding.group_by_host(scattered), 64)[0] == (0, 4)
+
+
+def test_hosts_may_share_rows_but_not_overlap_in_part():
+    shared = {0: {(0, 4)}, 1: {(0, 4)}, 2: {(4, 8)}, 3: {(4, 8)}}
+    assert sharding.host_rows(shared, 8) == {0: (0, 4), 1: (0, 4), 2: (4, 8), 3: (4, 8)}
+    for wrong in ({0: {(0, 2), (2, 4)}, 1: {(2, 4), (4, 6)}}, {0: {(0, 4)}, 1: {(4, 6)}}, {0: {(0, 1), (3, 4)}}):
+        with pytest.raises(UserError, match=r"config\.sharding: expected"):
+            sharding.host_rows(wrong, 8)
 
 
 def test_every_leaf_follows_its_logical_axes_and_indivisible_dimensions_are_reported():
@@ -135,3 +200,10 @@ def test_batches():
     (array,) = sharding.put_batch({"rows": rows}, split, 8).values()
     assert array.addressable_shards[0].data.shape == (2, 3)
     np.testing.assert_array_equal(array, rows)
+
+
+def test_every_micro_batch_must_divide_over_the_devices():
+    sizes = {"data": 4, "fsdp": 1, "tensor": 1}
+    assert sharding.batch_spec(ShardingConfig(), 16, sizes, 4) == sharding.batch_spec(ShardingConfig(), 16, sizes)
+    with pytest.raises(UserError, match="multiple of 4 devices x 3 micro-batches, found 16"):
+        sharding.batch_spec(ShardingConfig(), 16, sizes, 3)

@@ -31,7 +31,7 @@ def describe(settings: Config, config: Any) -> str:
     parts = experiment(settings)
     sizes = planned_mesh(settings.sharding.mesh)
     state = sharding.place(parts.init.abstract(), settings.sharding.rules, sizes)
-    sharding.batch_spec(settings.sharding, settings.data.batch_size, sizes)
+    sharding.batch_spec(settings.sharding, settings.data.batch_size, sizes, settings.optimizer.accumulation_steps)
     sections = [
         ("configuration", to_json(config).rstrip()),
         ("parameters by module", _modules(state.params, parts.optimizer)),

@@ -47,19 +47,36 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices of all hosts; neighbouring tensor and fsdp positions share a host (or a TPU slice)."""
+    grid = device_grid(config, jax.devices() if devices is None else devices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array [data, fsdp, tensor] in which the batch positions of every host are one run."""
     from jax.experimental import mesh_utils
 
-    devices = jax.devices() if devices is None else devices
     shape = tuple(mesh_shape(config, len(devices)).values())
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if devices[0].platform == "tpu" and len(slices) > 1 and shape[0] % len(slices) == 0:
         inner = (shape[0] // len(slices), *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (len(slices), 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, (len(slices), 1, 1), devices, allow_split_physical_axes=True)
     elif devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(shape, devices)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         grid = np.asarray(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return group_by_host(grid)
+
+
+def group_by_host(grid: np.ndarray) -> np.ndarray:
+    """Reorders the batch positions of a grid [data, fsdp, tensor] so that those of every host are one run.
+
+    A TPU's physical layout can interleave hosts along the data and fsdp axes (host 0 of a 4 x 4 x 4 slice would hold
+    rows 0, 4, 16 and 20 of 64). Any order of the batch is as good, so positions are sorted by host; those of one host
+    keep their physical order, and a host reads one run of rows.
+    """
+    positions = grid.reshape(-1, grid.shape[-1])
+    first = [min(device.process_index for device in devices) for devices in positions]
+    return positions[np.argsort(first, kind="stable")].reshape(grid.shape)
 
 
 @contextlib.contextmanager
@@ -239,26 +256,58 @@ def bytes_per_device(placements: Any) -> int:
 # ----------------------------------------------------------------------------------------------------------- batch
 
 
-def batch_spec(config: ShardingConfig, batch_size: int, sizes: Mapping[str, int]) -> PartitionSpec:
+def batch_spec(
+    config: ShardingConfig, batch_size: int, sizes: Mapping[str, int], accumulation_steps: int = 1
+) -> PartitionSpec:
     """How the leading axis of every array of a batch is split.
 
     Raises:
-      UserError: the batch size is not a multiple of the devices it is split over.
+      UserError: the batch size is not a multiple of the devices it is split over, in every micro-batch.
     """
     axes = dict(config.rules).get("batch")
     ways = math.prod(sizes[axis] for axis in _names(axes))
-    if batch_size % ways:
-        raise UserError(f"config.data.batch_size: expected a multiple of {ways} devices, found {batch_size}")
+    if batch_size % (ways * accumulation_steps):
+        micro = f" x {accumulation_steps} micro-batches" if accumulation_steps > 1 else ""
+        raise UserError(f"config.data.batch_size: expected a multiple of {ways} devices{micro}, found {batch_size}")
     return PartitionSpec(axes)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
-    """The rows [start, stop) of the global batch that this host's devices hold and this host must read."""
-    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    slices = [index[0] for index in indices if index is not None]
-    starts = [part.start or 0 for part in slices]
-    stops = [batch_size if part.stop is None else part.stop for part in slices]
-    return min(starts), max(stops)
+    """The rows [start, stop) of the global batch that this host's devices hold and this host must read.
+
+    Raises:
+      UserError: see `host_rows`.
+    """
+    parts: dict[int, set[tuple[int, int]]] = {}
+    for device, index in sharding.devices_indices_map((batch_size,)).items():
+        start, stop, _ = index[0].indices(batch_size) if index else (0, batch_size, 1)
+        parts.setdefault(device.process_index, set()).add((start, stop))
+    return host_rows(parts, batch_size)[jax.process_index()]
+
+
+def host_rows(parts: Mapping[int, set[tuple[int, int]]], batch_size: int) -> dict[int, tuple[int, int]]:
+    """The rows [start, stop) of every host, from the row ranges that its devices hold.
+
+    Hosts that share rows, because the tensor axis spans them, get the same rows.
+
+    Raises:
+      UserError: the rows of a host are not one run, or the runs are not equal parts of the batch.
+    """
+    rows = {}
+    for host, ranges in sorted(parts.items()):
+        start, stop = min(start for start, _ in ranges), max(stop for _, stop in ranges)
+        size = stop - start
+        if sum(stop - start for start, stop in ranges) != size or batch_size % size or start % size:
+            held = ", ".join(f"{start}-{stop}" for start, stop in sorted(ranges)[:4])
+            raise UserError(
+                f"config.sharding: expected every host to hold one equal run of the {batch_size} rows of a batch, "
+                f"found rows {held} on host {host}; choose sizes of data, fsdp and tensor that divide, or are "
+                "multiples of, the devices of a host"
+            )
+        rows[host] = start, stop
+    if len({stop - start for start, stop in rows.values()}) > 1:
+        raise UserError(f"config.sharding: expected the same number of rows on every host, found {rows}")
+    return rows
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> dict[str, jax.Array]:

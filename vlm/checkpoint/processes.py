@@ -23,6 +23,7 @@ def from_primary(function: Callable[[], Any]) -> Any:
 
     Raises:
         UserError: on every process, when `function` raised one or an `OSError`.
+        RuntimeError: on every process, when it raised anything else. No process is left waiting for another.
     """
     if jax.process_count() == 1:
         return function()
@@ -32,12 +33,16 @@ def from_primary(function: Callable[[], Any]) -> Any:
             outcome = {"value": function()}
         except (UserError, OSError) as error:
             outcome = {"error": str(error)}
+        except Exception as error:  # whatever it is, the others must hear of it
+            outcome = {"bug": f"{type(error).__name__}: {error}"}
     data = json.dumps(outcome).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     padded = np.frombuffer(data, np.uint8) if is_primary() else np.zeros(size, np.uint8)
     outcome = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
     if "error" in outcome:
         raise UserError(outcome["error"])
+    if "bug" in outcome:
+        raise RuntimeError(outcome["bug"])
     return outcome["value"]
 
 
