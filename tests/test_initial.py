@@ -1,11 +1,13 @@
 """Starting weights: which arrays of which checkpoints go where."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from vlm import initial, sharding
+from vlm.checkpoint import Checkpoints, reading
 from vlm.convert.views import from_array
 from vlm.errors import UserError
 from vlm.schema import InitConfig, MeshConfig
@@ -69,3 +71,29 @@ def test_later_entries_win_and_teachers_go_into_extra(opened):
 def test_wrong_entries(opened, entry, message):
     with pytest.raises(UserError, match=message):
         start(entry)
+
+
+def test_the_selected_half_of_a_run_is_all_that_is_read(tmp_path, monkeypatch):
+    """Each leaf arrives with the target's sharding, and the other half is never asked of the disk."""
+    kernel = np.arange(64, dtype=np.float32).reshape(16, 4)
+    params = {"vision": {"kernel": jnp.asarray(kernel)}, "text": {"kernel": jnp.ones((8, 8))}}
+    (tmp_path / "config.json").write_text("{}")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"params": params}, {}, "hash", wait=True)
+    checkpoints.close()
+    run = Opened(vision__kernel=kernel, text__kernel=np.ones((8, 8)))
+    monkeypatch.setattr(run, "run", tmp_path)
+    monkeypatch.setattr(initial, "open_model", lambda _: run)
+    read, restore = [], reading._restore
+    monkeypatch.setattr(
+        reading, "_restore", lambda path, targets, args: read.extend(targets) or restore(path, targets, args)
+    )
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
+    target = Placement("params/vision/kernel", (16, 4), np.dtype(np.float32), PartitionSpec("fsdp"), 8)
+    state = TrainState(target, {"vision": {"kernel": target}}, {}, {}, {}, {})  # pyright: ignore
+    found = initial.starting_weights([InitConfig(path="run", include="vision/.*")], state, mesh)
+    assert read == ["params/vision/kernel"]
+    assert found.keys() == {"params/vision/kernel"}
+    leaf = found["params/vision/kernel"]
+    assert leaf.sharding.shard_shape(leaf.shape) == (2, 4) and len(leaf.addressable_shards) == 8
+    np.testing.assert_array_equal(leaf, kernel)

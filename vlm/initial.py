@@ -61,15 +61,17 @@ def _one(entry: InitConfig, name: str, targets: dict[str, Placement], mesh: jax.
 
 
 def _from_run(opened: Any, places: dict[str, str], targets: dict[str, Placement], mesh: jax.sharding.Mesh) -> Any:
-    """Parameters of another training run, restored onto this run's layout."""
+    """The selected parameters of another training run, restored onto this run's layout; the others are not read."""
     from jax.sharding import NamedSharding, PartitionSpec
 
     from vlm.checkpoint import restore_params
 
     def sharding(path: str) -> NamedSharding:
-        placed = path in places and targets[places[path]].shape == tuple(opened.params[path].shape)
-        return NamedSharding(mesh, targets[places[path]].spec if placed else PartitionSpec())
+        target = targets[places[path]]  # of another shape: refused later, by name, with both shapes
+        fits = target.shape == tuple(opened.params[path].shape)
+        return NamedSharding(mesh, target.spec if fits else PartitionSpec())
 
-    _, params = restore_params(opened.run, shardings=unflatten({path: sharding(path) for path in opened.params}))
+    shardings = unflatten({path: sharding(path) for path in places})
+    _, params = restore_params(opened.run, shardings=shardings, only=places.keys())
     flat = flatten(params)
     return {place: flat[path] for path, place in places.items()}

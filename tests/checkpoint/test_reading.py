@@ -57,6 +57,13 @@ def test_onto_a_mesh(workdir):
         restore_params(workdir, shardings={"text": shardings["text"]})
 
 
+def test_only_the_named_parameters(workdir):
+    _, params = restore_params(workdir, only=["frozen"])
+    assert params.keys() == {"frozen"}
+    with pytest.raises(UserError, match="holds no parameters text/bias"):
+        restore_params(workdir, only=["frozen", "text/bias"])
+
+
 def damage(step_directory):
     data = max(step_directory.glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,7 +140,11 @@ def abstract_params(path: str | Path, *, ema: bool = False) -> tuple[dict[str, A
 
 
 def restore_params(
-    path: str | Path, *, ema: bool = False, shardings: Mapping[str, Any] | None = None
+    path: str | Path,
+    *,
+    ema: bool = False,
+    shardings: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads the configuration and the parameters of a run, not its optimizer.
 
@@ -150,14 +154,19 @@ def restore_params(
     Args:
         path, ema: see `abstract_params`.
         shardings: a nested dict like the parameters; each process reads its own slices. None: the first device.
+        only: paths ("vision/class_embedding") of the parameters to read; the others stay on disk. None: all.
 
     Returns:
         `config.json` as a dict, and the parameters as a nested dict of jax arrays.
 
     Raises:
-        UserError: see `abstract_params`; the file or the leaves that are damaged.
+        UserError: see `abstract_params`; a path in `only` that the run lacks; the file or the leaves that are damaged.
     """
     config, step, stored = _params_on_disk(path, ema, "auto")
+    if only is not None:
+        if absent := [name for name in only if name not in stored]:
+            raise UserError(f"{step}: holds no parameters {listing(absent)}")
+        stored = {name: stored[name] for name in only}
     wanted: Mapping[str, Sharding] = named_leaves(shardings) if shardings is not None else {}
     if shardings is not None and (missing := [name for name in stored if name not in wanted]):
         raise UserError(f"restore_params: no sharding given for {listing(missing)}")
