@@ -69,6 +69,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: tuple[int, BaseException] | None = None
         self._tested = False
+        self._verified: dict[str, bool] = {}
         self._lock = steps.WriterLock(self.directory)
         logging.get_absl_logger().addFilter(_ALREADY_RAISED)
         # Weights hardly compress (7 %), and trying costs more than all verification: see benchmarks/checkpoint.py.
@@ -157,7 +158,7 @@ class Checkpoints:
             write_manifest(path, extra, digests=_digests(path))
             self._read_back_once(path, extra["leaves"])
             steps.commit(self.directory, step)
-            steps.apply_retention(self.directory, self._keep, self._keep_every)
+            steps.apply_retention(self.directory, self._keep, self._keep_every, self._verified, fresh=step)
         except BaseException as error:
             self._error = (step, error)
 

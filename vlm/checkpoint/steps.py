@@ -81,30 +81,68 @@ def quarantined(directory: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
-def apply_retention(directory: Path, keep: int, keep_every: int | None) -> list[int]:
+def apply_retention(
+    directory: Path, keep: int, keep_every: int | None, verified: dict[str, bool], fresh: int | None = None
+) -> list[int]:
     """Deletes steps that are neither among the newest `keep` sound ones nor multiples of `keep_every`.
 
-    Sound means: with a valid manifest and every file there in its size. Others do not count and are not
-    deleted either; `keep` is at least 2, so a step found bad later has a predecessor.
+    Nothing is deleted until `keep` (at least 2) newer steps have every file there with its SHA-256: a damaged one
+    does not count. Steps with files missing or of another size are never deleted, only quarantined on restoring.
+
+    Args:
+        directory: the checkpoints folder.
+        keep, keep_every: see `Checkpoints`.
+        verified: what this process found out before, by the manifest's digest; added to, so a step is hashed once.
+        fresh: the step whose manifest was made from its files a moment ago. It is hashed next time instead: then the
+            bytes come from the disk rather than from memory, and damage in between is noticed.
+
+    Returns:
+        The deleted steps, oldest first.
     """
-    sound = [step for step in step_numbers(directory) if _is_sound(directory / str(step))]
+    keep, kept = max(keep, 2), 0
+    doomed = []
+    candidates = [step for step in step_numbers(directory) if _manifest_digest(directory / str(step))]
+    if len(candidates) <= keep:
+        return []
+    for step in reversed(candidates):
+        if kept == keep:
+            doomed.append(step)
+        else:
+            kept += step == fresh or _is_intact(directory / str(step), verified)
     deleted = []
-    for step in sound[: -max(keep, 2)]:
+    for step in reversed(doomed):
         if keep_every and step % keep_every == 0:
             continue
-        doomed = directory / f"{step}.deleting"
-        os.rename(directory / str(step), doomed)  # first: a kill during the deletion leaves no half step
-        shutil.rmtree(doomed)
+        grave = directory / f"{step}.deleting"
+        os.rename(directory / str(step), grave)  # first: a kill during the deletion leaves no half step
+        shutil.rmtree(grave)
         deleted.append(step)
     return deleted
 
 
-def _is_sound(path: Path) -> bool:
+def _manifest_digest(path: Path) -> str | None:
+    """The digest of a step's manifest when every file is there in its size."""
     try:
-        verify_manifest(path, "fast")
+        return verify_manifest(path, "fast")["sha256"]
     except (UserError, OSError):
+        return None
+
+
+def _is_intact(path: Path, verified: dict[str, bool]) -> bool:
+    digest = _manifest_digest(path)
+    if digest is None:
         return False
-    return True
+    if digest not in verified:
+        try:
+            verify_manifest(path, "full")
+        except OSError:  # not the step's fault, perhaps: asked again next time
+            return False
+        except UserError as error:
+            logging.warning("%s is damaged and does not count as kept, so older steps stay: %s", path, error)
+            verified[digest] = False
+        else:
+            verified[digest] = True
+    return verified[digest]
 
 
 class WriterLock:
