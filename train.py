@@ -65,13 +65,10 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
     from vlm.checkpoint import Checkpoints
     from vlm.checkpoint.processes import from_primary
     from vlm.experiment import compile_step, experiment, make_loader, make_processor, make_report
-    from vlm.host_memory import keep_freed_memory
     from vlm.preemption import Preemption
 
     primary, micro = jax.process_index() == 0, settings.optimizer.accumulation_steps
     mesh = sharding.make_mesh(settings.sharding.mesh)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     with contextlib.ExitStack() as stack:
         from_primary(lambda: stack.enter_context(folder.claim(workdir)))
         from_primary(lambda: folder.check_config(workdir, config, allow_change))

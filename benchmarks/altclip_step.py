@@ -26,7 +26,6 @@ from benchmarks.measure import alternate, report
 from vlm import schema
 from vlm.encoders.bert import BertConfig
 from vlm.encoders.vit import ViTConfig
-from vlm.host_memory import keep_freed_memory
 from vlm.models.altclip.loss import LossConfig, loss
 from vlm.models.altclip.model import AltCLIP, AltCLIPConfig
 from vlm.optimizer import make_optimizer
@@ -96,7 +95,6 @@ def main() -> None:
     tokens = np.where(mask, tokens, 1).astype(np.int32)
     image = rng.normal(size=(options.batch, 224, 224, 3)).astype(np.float32)
     arrays = {"image": image, "tokens": tokens, "mask": mask}
-    keep_freed_memory()  # as train.py does on CPU; PyTorch's allocations profit as well
     contenders = {"vlm": our_step(arrays, options.layers), "transformers": their_step(arrays, options.layers)}
     times = alternate(contenders, rounds=options.rounds)
     report("altclip_step", times, reference="transformers", settings=vars(options))

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
+PAUSE = 0.5
+"""Seconds before each timed run: PyTorch's OpenMP threads spin for a while after a call and would slow the next one."""
+
 Times = dict[str, list[tuple[float, float]]]
 
 
@@ -23,6 +26,7 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warmu
     for number in range(rounds):
         order = list(contenders) if number % 2 == 0 else list(contenders)[::-1]
         for name in order:
+            time.sleep(PAUSE)
             wall, cpu = time.perf_counter(), time.process_time()
             contenders[name]()
             times[name].append((time.perf_counter() - wall, time.process_time() - cpu))

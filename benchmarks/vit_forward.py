@@ -22,7 +22,6 @@ import numpy as np
 
 from benchmarks.measure import alternate, report
 from vlm.encoders.vit import ViT, ViTConfig
-from vlm.host_memory import keep_freed_memory
 
 SIZE = 3072
 
@@ -45,7 +44,6 @@ def main() -> None:
     import torch
     import transformers
 
-    keep_freed_memory()
     torch.set_num_threads(os.cpu_count() or 1)
     image = np.random.default_rng(0).normal(size=(options.batch, 224, 224, 3)).astype(np.float32)
     config = ViTConfig(patch_size=16)
