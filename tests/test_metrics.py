@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 
 import pytest
 from tensorboardX import proto
@@ -19,7 +20,7 @@ def test_jsonl_is_valid_and_restarts_drop_what_will_run_again(tmp_path):
     writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
     for step in (2, 4, 6):
         writer.write(step, {"loss": math.nan if step == 4 else step / 2})
-    assert lines(tmp_path)[-1]["loss"] == 3.0 and lines(tmp_path)[1]["loss"] is None  # on disk before close
+    assert lines(tmp_path)[-1]["loss"] == 3.0 and lines(tmp_path)[1]["loss"] is None  # readable before close
     writer.close()
     with (tmp_path / metrics.METRICS).open("a") as file:
         file.write('{"step": 8, "lo')  # killed while writing
@@ -27,6 +28,15 @@ def test_jsonl_is_valid_and_restarts_drop_what_will_run_again(tmp_path):
     writer.write(6, {"loss": 9.0})
     writer.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 1.0), (4, None), (6, 9.0)]
+
+
+def test_dropping_lines_loses_none_when_the_disk_fails(tmp_path, monkeypatch):
+    old = '{"step": 2}\n{"step": 4}\n'
+    (tmp_path / metrics.METRICS).write_text(old)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        metrics.MetricsWriter(tmp_path, start_step=2, tensorboard=False)
+    assert (tmp_path / metrics.METRICS).read_text() == old and os.listdir(tmp_path) == [metrics.METRICS]
 
 
 def test_tensorboard_events(tmp_path):

@@ -1,5 +1,7 @@
 """A run's folder: one writer, one configuration, records that name what a number depends on."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -30,6 +32,15 @@ def test_one_writer_at_a_time(tmp_path):
 def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"), workdir.claim(tmp_path / "file"):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_not_called_busy(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot lock .*\.lock: No locks available"), workdir.claim(tmp_path):
         pass
 
 

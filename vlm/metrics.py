@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vlm.errors import UserError
+from vlm.manifest import write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -46,7 +46,7 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the metrics of one step; the line is on disk when this returns."""
+        """Writes the metrics of one step; the line outlives this process when this returns, not a power failure."""
         clean = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3)} | clean) + "\n")
         self._file.flush()
@@ -76,9 +76,7 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(kept).encode())
 
 
 def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:

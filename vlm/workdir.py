@@ -25,6 +25,7 @@ import numpy as np
 
 from vlm.config import diff, parse_config_flag, to_json
 from vlm.errors import UserError
+from vlm.manifest import write_atomically
 
 PACKAGES = ("vlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "ml-collections")
 MAX_SHOWN = 8
@@ -32,15 +33,7 @@ MAX_SHOWN = 8
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file or nothing: a temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, text.encode())
 
 
 @contextlib.contextmanager
@@ -48,7 +41,7 @@ def claim(workdir: Path) -> Iterator[None]:
     """Creates the folder and keeps other runs out of it; the claim ends with the process, however it ends.
 
     Raises:
-      UserError: another process writes to it, or it is not a folder that can be written to.
+      UserError: another process writes to it, or it is not a folder that can be written to and locked.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -58,8 +51,10 @@ def claim(workdir: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"--workdir: another process is writing to {workdir}") from None
+        except OSError as error:  # a file system without locks, for instance
+            raise UserError(f"--workdir: cannot lock {workdir / '.lock'}: {error.strerror}") from None
         yield
 
 
