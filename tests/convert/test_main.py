@@ -12,6 +12,7 @@ import transformers
 from PIL import Image
 
 import vlm
+from vlm.checkpoint import Checkpoints, lazy
 from vlm.convert.__main__ import main
 from vlm.convert.torch_file import open_tensors
 from vlm.data.image import ImageSettings
@@ -62,6 +63,29 @@ def test_round_trip_through_ours_is_byte_identical(source, converted, tmp_path, 
     assert all(view.read().tobytes() == original[spelling[k]].read().tobytes() for k, view in exported.items())
     last = capsys.readouterr().out.splitlines()[-1]
     assert "AltCLIP (Hugging Face, FlagAI) -> vlm" in last and "parameters" in last
+
+
+def test_a_training_run_converts_leaf_by_leaf_to_the_same_bytes(converted, tmp_path, monkeypatch):
+    _, params, _ = vlm.load(converted)
+    run = tmp_path / "run"
+    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints.save(1, {"params": params}, {}, "hash", wait=True)
+    checkpoints.close()
+    settings = json.loads((converted / "config.json").read_text()) | {"precision": {"compute": "float32"}}
+    (run / "config.json").write_text(json.dumps(settings))
+    read, original = [], lazy.read_on_host
+    monkeypatch.setattr(
+        lazy, "read_on_host", lambda step, records: read.append(list(records)) or original(step, records)
+    )
+    main([str(run), str(tmp_path / "ours")])
+    assert sorted(read) == sorted([f"params/{path}"] for path in flatten(params))
+    assert (tmp_path / "ours" / "params.safetensors").read_bytes() == (converted / "params.safetensors").read_bytes()
+    main([str(run), str(tmp_path / "run_hf"), "--to=hf"])
+    main([str(converted), str(tmp_path / "hf"), "--to=hf"])
+    assert len(read) == 2 * len(flatten(params))  # stacked layers too are read once
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "run_hf" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours", "run", "run_hf"]
 
 
 def test_transformers_loads_the_export_and_agrees(source, converted, tmp_path):

@@ -7,7 +7,8 @@ fingerprint of every leaf, step, configuration, data position, the step before. 
     python -m vlm.checkpoint verify PATH
 """
 
+from vlm.checkpoint.lazy import lazy_params
 from vlm.checkpoint.reading import abstract_params, restore_params, verify_step
 from vlm.checkpoint.saving import Checkpoints
 
-__all__ = ["Checkpoints", "abstract_params", "restore_params", "verify_step"]
+__all__ = ["Checkpoints", "abstract_params", "lazy_params", "restore_params", "verify_step"]

@@ -60,18 +60,25 @@ def wrong_on_disk(path: Path, records: Records) -> list[str]:
     """As `wrong_leaves`, for a whole step and through host memory only, some arrays at a time."""
     wrong = []
     for group in _groups(records):
-        shapes = {
-            name: jax.ShapeDtypeStruct(tuple(records[name]["shape"]), jax.numpy.dtype(records[name]["dtype"]))
-            for name in group
-        }
-        args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in group}
-        arrays = _restore(path, shapes, args)
-        for name in group:
-            array, expected = np.asarray(arrays[name]), shapes[name]
-            same = array.shape == expected.shape and array.dtype == expected.dtype
-            if not same or host_fingerprint(array).digest != records[name]["hash"]:
-                wrong.append(name)
+        arrays = read_on_host(path, {name: records[name] for name in group})
+        wrong += [name for name in group if wrong_values(arrays[name], records[name])]
     return wrong
+
+
+def read_on_host(path: Path, records: Records) -> dict[str, np.ndarray]:
+    """The recorded leaves, none of them empty, as orbax finds them; not verified."""
+    targets = {
+        name: jax.ShapeDtypeStruct(tuple(record["shape"]), jax.numpy.dtype(record["dtype"]))
+        for name, record in records.items()
+    }
+    arrays = _restore(path, targets, {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in records})
+    return {name: np.asarray(arrays[name]) for name in records}
+
+
+def wrong_values(array: np.ndarray, record: Mapping[str, Any]) -> bool:
+    """Whether a leaf in host memory is not what its record says."""
+    same = array.shape == tuple(record["shape"]) and array.dtype == jax.numpy.dtype(record["dtype"])
+    return not same or host_fingerprint(array).digest != record["hash"]
 
 
 def verify_step(path: str | Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Converts checkpoints: `python -m vlm.convert SOURCE TARGET [--to=vlm|hf] [--dtype=bfloat16]`.
 
 SOURCE is a model folder, a training workdir, a Hugging Face folder or an original .pth/.pt file; what it is follows
-from its files. TARGET is a new folder. Memory stays near the largest tensor, whatever the model's size.
+from its files. TARGET is a new folder. Memory stays near the largest tensor, whatever the model's size;
+a training workdir to hf needs the model's size on disk once more while it runs.
 
     python -m vlm.convert BAAI/AltCLIP altclip                     # published weights to ours
     python -m vlm.convert altclip altclip_hf --to=hf               # and back, for transformers
@@ -12,21 +13,24 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import json
 import math
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
-from vlm.convert.views import cast, from_array
-from vlm.convert.writer import check_new_folder, new_folder, write_tensors
+from vlm.convert.torch_file import open_tensors
+from vlm.convert.views import TensorView, cast
+from vlm.convert.writer import check_new_folder, new_folder, write_safetensors, write_tensors
 from vlm.errors import UserError, exit_on_user_error
 from vlm.manifest import write_atomically
 
@@ -107,12 +111,9 @@ def _open(options: argparse.Namespace) -> Any:
 
     opened = open_model(options.source, overrides=dict(map(_override, options.override)))
     if opened.run is not None:
-        from vlm.checkpoint import restore_params
-        from vlm.tree import flatten
+        from vlm.checkpoint import lazy_params
 
-        _, params = restore_params(opened.run)
-        views = {name: from_array(np.asarray(leaf)) for name, leaf in flatten(params).items()}
-        opened = dataclasses.replace(opened, params=views)
+        opened = dataclasses.replace(opened, params=lazy_params(opened.run))
     if options.text is None:
         return opened
     text = open_model(options.text)
@@ -141,12 +142,27 @@ def _write_hf(options: argparse.Namespace, opened: Any, processor: Any, bar: Any
         print(f"note: left out {', '.join(dropped) or 'nothing'}")
         views = {name: view for name, view in views.items() if name not in dropped}
         opened = dataclasses.replace(opened, config=opened.family.weights.without(opened.config, views))
-    tensors, config = opened.family.weights.write(opened.config, views)
-    with new_folder(options.target) as folder:
+    with new_folder(options.target) as folder, _random_access(opened, views, options.target) as views:
+        tensors, config = opened.family.weights.write(opened.config, views)
         write_tensors(folder, "model", tensors, metadata={"format": "pt"}, progress=bar.update)
         write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
         if processor is not None:
             processor.save(folder)
+
+
+@contextlib.contextmanager
+def _random_access(opened: Any, views: Mapping[str, TensorView], target: Path) -> Iterator[Mapping[str, TensorView]]:
+    """The views themselves, or of a training run views of a temporary, memory-mapped copy beside the target.
+
+    Other layouts take one layer after another out of stacked parameters, and a run's leaves are read whole.
+    """
+    if opened.run is None:
+        yield views
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{target.absolute().name}.", dir=target.absolute().parent) as folder:
+        path = Path(folder) / "params.safetensors"
+        write_safetensors(path, views)
+        yield open_tensors(path)
 
 
 if __name__ == "__main__":
