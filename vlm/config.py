@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from vlm import schema
-from vlm.errors import UserError, did_you_mean
+from vlm.errors import Parser, UserError, did_you_mean
 from vlm.strict import build, plain
 
 __all__ = [
@@ -44,14 +44,9 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------- the command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message)
-
-
 def command_line(description: str) -> argparse.ArgumentParser:
     """A parser with `--config`; pass it to `parse_command` after adding the command's own options."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     parser.add_argument(
         "--config",
         metavar="FILE[:ARG]",

@@ -5,14 +5,32 @@ A wrong input ends with one line that names the thing, what was expected and wha
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
     """A wrong input: the message is one line that a user can act on."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Every command's argument parser: a wrong call is a `UserError`, options are not abbreviated.
+
+    The description, usually a module's docstring, is shown as it is.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(
+            **{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UserError` in place of printing the usage and exiting."""
+        raise UserError(message)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -21,26 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from vlm.errors import UserError, exit_on_user_error
+from vlm.errors import Parser, UserError, exit_on_user_error
 
 TASKS = ("classify", "retrieve", "embed")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_TEXT_BYTES = 64 << 20
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(message)
-
-
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
-        prog="python -m vlm.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m vlm.predict", description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="model folder, training workdir, HF folder, .pt file")
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture or a folder of them")

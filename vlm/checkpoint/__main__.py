@@ -6,24 +6,23 @@ line is a JSON object. Exit status 0 when everything is sound, 2 otherwise. Noth
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import UserError, exit_on_user_error
+from vlm.errors import Parser, UserError, exit_on_user_error
 from vlm.manifest import MANIFEST_NAME, read_manifest, verify_manifest
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m vlm.checkpoint", description=__doc__)
+    parser = Parser(prog="python -m vlm.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="check files and values of every step")
     verify.add_argument("path", type=Path)
-    options = parser.parse_args(arguments)
     with exit_on_user_error():
+        options = parser.parse_args(arguments)
         results = verify_all(options.path)
         print(json.dumps({"path": str(options.path), "ok": not any(results.values()), "problems": results}))
         return 2 if any(results.values()) else 0

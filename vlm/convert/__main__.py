@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -31,15 +31,10 @@ from tqdm import tqdm
 from vlm.convert.torch_file import open_tensors
 from vlm.convert.views import TensorView, cast
 from vlm.convert.writer import check_new_folder, new_folder, write_safetensors, write_tensors
-from vlm.errors import UserError, exit_on_user_error
+from vlm.errors import Parser, UserError, exit_on_user_error
 from vlm.manifest import write_atomically
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,12 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m vlm.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m vlm.convert", description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--to", choices=("vlm", "hf"), default="vlm", help="what to write (default: vlm)")

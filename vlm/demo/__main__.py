@@ -9,7 +9,6 @@ command goes on where an earlier one stopped. Exit status 1 if an accuracy misse
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import vlm
 from vlm.demo.phrases import LANGUAGES
-from vlm.errors import UserError, exit_on_user_error
+from vlm.errors import Parser, UserError, exit_on_user_error
 
 ROOT = Path(vlm.__file__).resolve().parents[1]
 DEFAULT_OUTPUT = "demo_output"
@@ -34,11 +33,11 @@ MARKS = {code: 0.95 if code == "en" else 0.90 for code in LANGUAGES}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m vlm.demo", description=__doc__)
+    parser = Parser(prog="python -m vlm.demo", description=__doc__)
     parser.add_argument("--output", metavar="DIR", default=DEFAULT_OUTPUT, help="where everything goes")
     parser.add_argument("--data_only", action="store_true", help="prepare the data and stop")
-    options = parser.parse_args(argv)
     with exit_on_user_error():
+        options = parser.parse_args(argv)
         return run(Path(options.output), options.data_only)
 
 
