@@ -1,6 +1,8 @@
-"""Loader throughput on real JPEGs (decode, 224 bicubic, crop, normalise), against grain and plain PIL.
+"""Loader throughput on JPEGs (decode, 224 bicubic, crop, normalise), against grain and plain PIL.
 
-    python -m benchmarks.loader --images=DIR [--batches=4] [--batch_size=64] [--workers=2] [--rounds=5]
+    python -m benchmarks.loader [--images=DIR] [--batches=4] [--batch_size=64] [--workers=2] [--rounds=5]
+
+Without --images the pictures are made up: blurred noise over gradients at 640x480, about as large as photos are.
 
 `loader` is ours, reading a tar shard; `threads` a bare `ThreadPoolExecutor.map` over bytes in memory (the ceiling for
 threads); `plain` one PIL loop; `grain` the same work through `grain.MapDataset` (left out where grain is not
@@ -18,6 +20,7 @@ import tarfile
 import tempfile
 
 import numpy as np
+from PIL import Image, ImageFilter
 
 from benchmarks.measure import alternate, report
 from vlm.data.batch import LoaderSettings
@@ -31,6 +34,24 @@ _SETTINGS = ImageSettings()
 def transform(example, rng, train):
     """One example as the processors make it."""
     return {"image": process(decode(example["image"]), _SETTINGS)}
+
+
+def made_up_pictures(count: int = 8, seed: int = 0) -> list[bytes]:
+    """JPEGs of 640x480 with smooth areas, soft shapes and grain, as photos have."""
+    rng = np.random.default_rng(seed)
+    pictures = []
+    for _ in range(count):
+        ramp = np.linspace(0, 1, 640)[None, :, None] * rng.uniform(-80, 80, 3)
+        ramp = ramp + np.linspace(0, 1, 480)[:, None, None] * rng.uniform(-80, 80, 3)
+        pixels = 128 + ramp + rng.normal(0, 6, (480, 640, 3))
+        for radius, strength in ((24, 60), (6, 30), (1.5, 25)):
+            noise = Image.fromarray(rng.integers(0, 256, (480, 640, 3), np.uint8))
+            blurred = np.asarray(noise.filter(ImageFilter.GaussianBlur(radius)), np.float32)
+            pixels += (blurred - blurred.mean()) / blurred.std() * strength
+        out = io.BytesIO()
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
+        pictures.append(out.getvalue())
+    return pictures
 
 
 def write_shard(path: str, pictures: list[bytes], count: int) -> None:
@@ -82,13 +103,15 @@ def grain_threads(source: TarSource, batches: int, batch_size: int, workers: int
 def main() -> None:
     """Runs the contenders and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", default="../shared/data/images", help="folder of JPEG files")
+    parser.add_argument("--images", type=pathlib.Path, metavar="DIR", help="folder of JPEG files; default: made up")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    pictures = [p.read_bytes() for p in sorted(pathlib.Path(args.images).glob("*.jp*g"))]
+    pictures = [p.read_bytes() for p in sorted(args.images.glob("*.jp*g"))] if args.images else made_up_pictures()
+    if not pictures:
+        parser.error(f"--images: no JPEG files in {args.images}")
     count = args.batches * args.batch_size
     with tempfile.TemporaryDirectory() as folder:
         write_shard(f"{folder}/0.tar", pictures, count)
@@ -109,7 +132,7 @@ def main() -> None:
             "loader",
             times,
             reference="threads",
-            settings=vars(args),
+            settings=vars(args) | {"images": str(args.images or "made up")},
             images_per_second={name: round(count / value, 1) for name, value in seconds.items()},
             mean_bytes=round(float(np.mean([len(p) for p in pictures]))),
         )
