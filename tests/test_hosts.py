@@ -41,6 +41,7 @@ def test_alone_by_flags_by_environment_and_by_cluster(joined, monkeypatch):
     ("flags", "environment", "message"),
     [
         (["--num_processes=2"], {}, "need --coordinator"),
+        (["--coordinator=a"], {}, "expected HOST:PORT, found 'a'"),
         (["--coordinator=a:1"], {}, "needs --num_processes and --process_id"),
         ([], {"JAX_COORDINATOR_ADDRESS": "a:1"}, "needs --num_processes and --process_id"),
         ([], {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES: expected a number .* found 'two'"),

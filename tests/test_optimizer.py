@@ -146,6 +146,12 @@ def test_ema():
     np.testing.assert_allclose(average["a"], [1.5, 2.0])
 
 
+@pytest.mark.parametrize("changes", [{"grad_clip_norm": 0.0}, {"eps": 0.0}])
+def test_zeros_that_would_break_the_update_are_refused(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}: .* found 0"):
+        OptimizerConfig(**changes)
+
+
 def test_bounds_keep_a_parameter_in_its_range_unless_the_step_is_bad():
     optimizer = make_optimizer(OptimizerConfig(bounds=(("logit_scale", 0.0, 4.6), ("text/bias", -1.0, 1.0))), PATHS, 1)
     params = tree(0) | {"logit_scale": jnp.float32(5.0)}

@@ -32,6 +32,8 @@ def connect(options: argparse.Namespace) -> None:
         if count is not None or index is not None:
             raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT")
         return
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator: expected HOST:PORT, found {coordinator!r}")
     if not options.distributed and (count is None or index is None):
         raise UserError(f"--coordinator={coordinator} needs --num_processes and --process_id (or --distributed)")
     import jax

@@ -158,6 +158,10 @@ class OptimizerConfig:
         _at_least(0, self, "lr", "weight_decay", "eps", "grad_clip_norm")
         _at_least(1, self, "accumulation_steps")
         _share(self, "ema_decay")
+        if self.grad_clip_norm == 0:
+            raise ValueError("grad_clip_norm: expected a positive norm (None: no clipping), found 0")
+        if self.name == "adamw" and self.eps == 0:
+            raise ValueError("eps: adamw needs a positive one, found 0")
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas: expected values from 0 to below 1, found {self.betas}")
