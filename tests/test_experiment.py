@@ -28,6 +28,7 @@ GROUPS = (("vision/.*|vision_projection/.*", {"freeze": True}), (".*", {}))
 def settings(**changes):
     config = {"family": "altclip", "model": MODEL, "data": {"batch_size": BATCH}} | changes
     config.setdefault("optimizer", {"lr": 1e-2, "schedule": {"name": "constant"}, "grad_clip_norm": 1.0})
+    config.setdefault("loss", {"lock_image": "groups" in config["optimizer"]})
     return build(schema.Config, complete(config), "")
 
 
