@@ -121,6 +121,8 @@ def begin(
     settings: Config, init: Any, placements: Any, mesh: Any, checkpoints: Any, fingerprint: str, allow_change: bool
 ) -> Any:
     """The state to go on with."""
+    import jax
+
     from vlm.initial import starting_weights, still_random
     from vlm.sharding import abstract
     from vlm.training import init_state
@@ -128,13 +130,14 @@ def begin(
     found = checkpoints.restore(abstract(placements, mesh))
     if found is None:
         start = starting_weights(settings.init, placements, mesh)
-        if start and (random := still_random(start, placements)):
+        if jax.process_index() == 0 and start and (random := still_random(start, placements)):
             print(f"not in the starting weights, so random: {random}", file=sys.stderr)
         return init_state(init, placements, mesh, settings.train.seed, start)
     state, step, position = found
     if position.get("fingerprint") != fingerprint and not allow_change:
         raise UserError(f"the data differ from those up to step {step} (--allow_config_change to go on with them)")
-    print(f"resumed from step {step}", file=sys.stderr)
+    if jax.process_index() == 0:
+        print(f"resumed from step {step}", file=sys.stderr)
     return state
 
 
@@ -173,10 +176,11 @@ def loop(
         stopping = preemption.stop()
         if number < last and not stopping:
             item = next(feed)  # while the step runs
+        evaluating = bool(settings.eval) and due(number, settings.train.eval_every) and not stopping
         if stopping or number == last or due(number, settings.train.checkpoint_every):
-            with report.paused():
-                save(number, state, wait=stopping or number == last)
-        if settings.eval and due(number, settings.train.eval_every) and not stopping:
+            with report.paused():  # durable before an evaluation starts, which may be killed or fail
+                save(number, state, wait=stopping or number == last or evaluating)
+        if evaluating:
             with report.paused():
                 report.evaluated(number, evaluate(number, state))
         if stopping and number < last:
