@@ -69,6 +69,27 @@ def test_the_flip_mirrors_with_its_probability():
     assert 0.22 < np.mean(flipped) < 0.38
 
 
+def test_a_crop_never_looks_outside_its_box():
+    stripes = np.zeros((40, 60, 3), np.uint8)
+    stripes[:, ::2] = 255
+    options = AugmentSettings((0.3, 0.3))
+    for seed in range(5):
+        left, top, right, bottom = random_box(60, 40, options, np.random.default_rng(seed))
+        outside = stripes.copy()
+        outside[:top], outside[bottom:], outside[:, :left], outside[:, right:] = 255, 0, 0, 255
+        images = (Image.fromarray(stripes), Image.fromarray(outside))
+        np.testing.assert_array_equal(*(run(image, options, seed) for image in images))
+
+
+def test_rand_augment_comes_last():
+    square = NOISE.resize((24, 24))
+    drawn = [run(square, AugmentSettings(**WHOLE, rand_augment=2), seed, normalise=False) for seed in range(30)]
+    plain = process(square, SETTINGS, normalise=False)
+    changed = [image for image in drawn if (image != plain).any()]
+    assert 5 < len(changed) < 25
+    assert any((image == 128).all(axis=-1).sum() > 24 for image in changed)
+
+
 def test_colour_changes_act_on_what_they_name():
     grey = Image.new("RGB", (30, 30), (100, 100, 100))
     red = Image.new("RGB", (30, 30), (200, 40, 40))
@@ -100,6 +121,8 @@ def test_colour_changes_act_on_what_they_name():
         ({"flip": 1.5}, "flip"),
         ({"hue": 0.6}, "hue"),
         ({"brightness": -0.1}, "brightness"),
+        ({"rand_augment": -1}, "rand_augment"),
+        ({"rand_augment_level": 11.0}, "rand_augment"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from vlm.data.image import RESAMPLE, ImageSettings, normalise_pixels, to_rgb
+from vlm.data.rand_augment import MAX_LEVEL, rand_augment
 from vlm.errors import UserError
 
 
@@ -24,6 +25,8 @@ class AugmentSettings:
         hue: shift drawn from [−x, x] turns of the colour circle.
         jitter: probability that the colour changes are applied at all, in random order.
         grayscale: probability of dropping the colours.
+        rand_augment: number of RandAugment's operations, drawn last (see `rand_augment.py`; BLIP has 2).
+        rand_augment_level: their strength from 0 to 10.
     """
 
     scale: tuple[float, float] = (0.9, 1.0)
@@ -35,6 +38,8 @@ class AugmentSettings:
     hue: float = 0.0
     jitter: float = 1.0
     grayscale: float = 0.0
+    rand_augment: int = 0
+    rand_augment_level: float = 5.0
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -45,6 +50,9 @@ class AugmentSettings:
         for name, limit in {**limits, "hue": 0.5}.items():
             if not 0 <= getattr(self, name) <= limit:
                 raise UserError(f"augment {name}: expected 0 to {limit:g}, found {getattr(self, name)}")
+        if self.rand_augment < 0 or not 0 <= self.rand_augment_level <= MAX_LEVEL:
+            found = f"{self.rand_augment} at level {self.rand_augment_level}"
+            raise UserError(f"augment rand_augment: expected at least 0 operations at level 0 to 10, found {found}")
 
 
 def augment(
@@ -68,13 +76,16 @@ def augment(
     height, width = settings.output_size
     image = to_rgb(image)
     box = random_box(image.width, image.height, options, rng)
-    image = image.resize((width, height), resample=RESAMPLE.index(settings.resample), box=box)
+    # Cropped first: with `box` the filter would look at pixels outside the crop.
+    image = image.crop(box).resize((width, height), resample=RESAMPLE.index(settings.resample))
     if rng.random() < options.flip:
         image = ImageOps.mirror(image)
     if rng.random() < options.jitter:
         image = _vary_colours(image, options, rng)
     if rng.random() < options.grayscale:
         image = image.convert("L").convert("RGB")
+    if options.rand_augment:
+        image = rand_augment(image, rng, count=options.rand_augment, level=options.rand_augment_level)
     pixels = np.asarray(image)
     return normalise_pixels(pixels, settings) if normalise else pixels
 

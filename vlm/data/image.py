@@ -37,6 +37,9 @@ _FORMATS: dict[str, tuple[Any, tuple[bytes, ...]]] = {
 }
 _STRIP_PIXELS = 4_000_000
 
+ImageInput = str | Path | bytes | Image.Image | np.ndarray
+"""Path, encoded bytes, PIL image, or uint8 array [H, W], [H, W, 3] or [H, W, 4]."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
@@ -179,6 +182,33 @@ def _over_white(image: Image.Image) -> Image.Image:
     if image.getchannel("A").getextrema() == (255, 255):
         return image.convert("RGB")  # the same pixels, several times faster
     return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+
+
+def open_image(image: ImageInput, name: str) -> Image.Image:
+    """Decodes or wraps one image of any accepted kind as RGB.
+
+    Raises:
+        UserError: not a picture; `name` says which one.
+    """
+    if isinstance(image, (str, Path)):
+        return decode(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return decode(bytes(image), name=name)
+    if isinstance(image, Image.Image):
+        try:
+            image.load()
+            return to_rgb(image)
+        except (OSError, SyntaxError, ValueError) as error:  # a picture that PIL opened but cannot decode
+            raise UserError(f"{name}: damaged picture ({error})") from None
+    if isinstance(image, np.ndarray):
+        pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+            found = f"{image.dtype}{list(image.shape)}"
+            raise UserError(f"{name}: expected uint8[H, W], [H, W, 3] or [H, W, 4], found {found}")
+        if not pixels.size:
+            raise UserError(f"{name}: an image without pixels, {list(image.shape)}")
+        return to_rgb(Image.fromarray(pixels))
+    raise UserError(f"{name}: expected a path, bytes, a PIL image or a uint8 array, found {type(image).__name__}")
 
 
 def process(image: Image.Image, settings: ImageSettings, *, normalise: bool = True) -> np.ndarray:

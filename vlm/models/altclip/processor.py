@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from vlm.data.augment import AugmentSettings, augment
-from vlm.data.image import ImageSettings, decode, process, to_rgb
+from vlm.data.image import ImageInput, ImageSettings, open_image, process
 from vlm.data.image_config import read_image_config, write_image_config
 from vlm.data.masking import mask_tokens
+from vlm.data.text import one_text
 from vlm.errors import UserError
 from vlm.manifest import write_atomically
 from vlm.tokenizers import Tokenizer, load
@@ -28,8 +29,6 @@ MAX_LENGTH = 77
 _SETTINGS_FILE = "vlm_processor.json"
 _TEACHER_FOLDER = "teacher_tokenizer"
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-
-ImageInput = str | Path | bytes | Image.Image | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,14 +162,14 @@ class Processor:
         if example.get("image") is not None:
             row["image"] = self._image(example["image"], f"{name}: image", rng if train else None)
         if example.get("text") is not None:
-            text = _one_text(example["text"], rng if train else None, f"{name}: text")
+            text = one_text(example["text"], rng if train else None, f"{name}: text")
             row |= _encode(self._tokenizer(), text, self.max_length)
             if train and self.mlm_probability:
                 row["tokens"], row["labels"] = self._masked(row, rng)
         if example.get("target") is not None:
             row["target"] = _vector(example["target"], f"{name}: target")
         elif example.get("source_text") is not None and self.teacher_tokenizer is not None:
-            text = _one_text(example["source_text"], rng if train else None, f"{name}: source_text")
+            text = one_text(example["source_text"], rng if train else None, f"{name}: source_text")
             teacher = _encode(self.teacher_tokenizer, text, TEACHER_LENGTH)
             row |= {f"teacher_{key}": value for key, value in teacher.items()}
         if not row:
@@ -239,7 +238,7 @@ class Processor:
     def _image(self, image: Any, name: str, rng: np.random.Generator | None = None) -> np.ndarray:
         if self.image_settings is None:
             raise UserError("this processor has no image settings, so it cannot take images")
-        picture = _open(image, name)
+        picture = open_image(image, name)
         normalise = self.normalise or rng is None
         if rng is not None and self.augment is not None:
             return augment(picture, self.image_settings, self.augment, rng, normalise=normalise)
@@ -252,44 +251,6 @@ class Processor:
         if len({row.shape for row in rows}) > 1:
             raise UserError("images differ in size after resizing: set a crop, or resize to an exact size")
         return np.stack(rows)
-
-
-def _open(image: Any, name: str) -> Image.Image:
-    """Decodes or wraps one image of any accepted kind."""
-    if isinstance(image, (str, Path)):
-        return decode(image)
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return decode(bytes(image), name=name)
-    if isinstance(image, Image.Image):
-        try:
-            image.load()
-            return to_rgb(image)
-        except (OSError, SyntaxError, ValueError) as error:  # a picture that PIL opened but cannot decode
-            raise UserError(f"{name}: damaged picture ({error})") from None
-    if isinstance(image, np.ndarray):
-        pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
-        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
-            found = f"{image.dtype}{list(image.shape)}"
-            raise UserError(f"{name}: expected uint8[H, W], [H, W, 3] or [H, W, 4], found {found}")
-        if not pixels.size:
-            raise UserError(f"{name}: an image without pixels, {list(image.shape)}")
-        return to_rgb(Image.fromarray(pixels))
-    raise UserError(f"{name}: expected a path, bytes, a PIL image or a uint8 array, found {type(image).__name__}")
-
-
-def _one_text(value: Any, rng: np.random.Generator | None, name: str) -> str:
-    if isinstance(value, (list, tuple, np.ndarray)):
-        if not len(value):
-            raise UserError(f"{name}: an empty list")
-        value = value[int(rng.integers(len(value))) if rng is not None else 0]
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError:
-            raise UserError(f"{name}: not valid UTF-8") from None
-    if not isinstance(value, str):
-        raise UserError(f"{name}: expected a string, found {type(value).__name__}")
-    return value
 
 
 def _encode(tokenizer: Tokenizer, text: str, length: int) -> dict[str, np.ndarray]:
