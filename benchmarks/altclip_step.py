@@ -43,7 +43,8 @@ def our_step(arrays: dict[str, np.ndarray], layers: int):
     paths = list(flatten(nn.unbox(jax.eval_shape(init, jax.random.key(0)))))
     constant = schema.ScheduleConfig("constant")
     optimizer = make_optimizer(schema.OptimizerConfig(lr=1e-5, schedule=constant, weight_decay=0.1), paths, 1000)
-    state = jax.jit(lambda: nn.unbox((s := StateInit(init, lambda _: {}, optimizer)).finish(s.begin(0))))()
+    start = StateInit(init, lambda params, key: {}, optimizer)
+    state = jax.jit(lambda: nn.unbox(start.finish(start.params(0), {})))()
     objective = functools.partial(loss, model, config=LossConfig(lock_image=False))
     step = jax.jit(make_train_step(objective, optimizer, seed=0), donate_argnums=0)
     batch = {name: jnp.asarray(value) for name, value in arrays.items()}

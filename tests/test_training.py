@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from vlm import sharding
 from vlm.convert.views import TensorView, from_array
 from vlm.errors import UserError
-from vlm.layers.linear import Linear, constrain
+from vlm.layers.linear import Linear, constrain, partitioned
 from vlm.optimizer import make_optimizer
 from vlm.schema import GroupConfig, MeshConfig, OptimizerConfig, ScheduleConfig, ShardingConfig
 from vlm.training import StateInit, _accumulate, init_state, make_train_step, trace_step
@@ -47,7 +47,7 @@ def losses(model, kind):
             value = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(x.shape[0])).mean()
         else:
             value = jnp.mean((x - y) ** 2)
-        extra = {"seen": extra["seen"] + x.shape[0]}
+        extra = extra | {"seen": extra["seen"] + x.shape[0]}
         return value, ({"mean": x.mean()}, extra)
 
     return loss
@@ -61,6 +61,11 @@ def batch_of(step, bad=None):
     return batch
 
 
+def first_extra(params, key):
+    queue = partitioned(jax.random.normal(key, (BATCH, 2)), "batch", None)
+    return {"seen": jnp.zeros((), jnp.int32), "queue": queue, "teacher": {"up": params["up"]}}
+
+
 class Run:
     """A compiled step on a mesh."""
 
@@ -72,7 +77,7 @@ class Run:
         init_params = lambda key: model.init(key, zeros, zeros)["params"]  # noqa: E731
         paths = flatten(jax.eval_shape(lambda: sharding.unbox(init_params(jax.random.key(0)))))
         self.optimizer = make_optimizer(config, paths, 10)
-        init = StateInit(init_params, lambda key: {"seen": jnp.zeros((), jnp.int32)}, self.optimizer, frozen)
+        init = StateInit(init_params, first_extra, self.optimizer, frozen)
         sizes = dict(self.mesh.shape)
         self.split = NamedSharding(self.mesh, sharding.batch_spec(ShardingConfig(), BATCH, sizes))
         step = make_train_step(losses(model, kind), self.optimizer, seed=5, accumulation_steps=accumulation)
@@ -153,6 +158,9 @@ def test_eight_devices_equal_one(mesh):
     assert kernel.addressable_shards[0].data.size == kernel.size // (mesh.fsdp * mesh.tensor)
     ours = [eight.step(batch_of(step))["loss"] for step in range(4)]
     np.testing.assert_allclose(ours, single(), rtol=1e-5)
+    queue = eight.start.extra["queue"]
+    np.testing.assert_array_equal(queue, plain_run().start.extra["queue"])
+    assert eight.state.extra["queue"].addressable_shards[0].data.size == queue.size // (mesh.data * mesh.fsdp)
     layouts = jax.tree.map(lambda placed, x: x.sharding.spec == placed.spec, eight.placements, eight.state)
     assert all(jax.tree.leaves(layouts))
     assert bool(sharding.replicated(eight.placements)) == (mesh.tensor > 1)
@@ -243,6 +251,9 @@ def test_starting_weights_are_read_slice_by_slice():
     np.testing.assert_array_equal(run.state.ema["up"]["kernel"], value)
     assert run.state.params["up"]["kernel"].dtype == np.float32 and int(run.state.extra["seen"]) == 7
     assert max(read) == value.size // 8
+    teacher = run.state.extra["teacher"]["up"]["kernel"]
+    np.testing.assert_array_equal(teacher, value)  # of the weights that the run starts from
+    assert teacher.sharding == run.state.params["up"]["kernel"].sharding
     np.testing.assert_array_equal(run.state.params["down"]["kernel"], plain_run().start.params["down"]["kernel"])
 
 

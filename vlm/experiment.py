@@ -64,8 +64,8 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
         example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), family.example(model_config))
         return model.init(keys, **example)["params"]
 
-    def init_extra(key: jax.Array) -> Any:
-        return family.init_extra(loss_config, key)
+    def init_extra(params: Any, key: jax.Array) -> Any:
+        return family.init_extra(model, params, key, loss_config)
 
     pixels: Any = getattr(build(family.processor_type, settings.processor, "processor"), "image", None)
 

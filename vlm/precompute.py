@@ -87,7 +87,7 @@ def _teacher(settings: Config, parts: Any, mesh: Any) -> Any:
     from vlm.training import put_weight
     from vlm.tree import flatten, unflatten
 
-    abstract = jax.eval_shape(lambda: parts.init.init_extra(jax.random.key(0)))
+    abstract = parts.init.abstract().extra
     placements = SimpleNamespace(params={}, extra=sharding.place(abstract, settings.sharding.rules, mesh.shape))
     entries = [entry for entry in settings.init if entry.into.split("/")[0] == "extra"]
     start = starting_weights(entries, placements, mesh)

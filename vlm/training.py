@@ -57,39 +57,47 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StateInit:
-    """How a state starts, as traceable functions of a key. Parameters come boxed with their logical axes."""
+    """How a state starts, as traceable functions of keys. Parameters come boxed with their logical axes."""
 
     init_params: Callable[[jax.Array], Params]
-    init_extra: Callable[[jax.Array], Any]
+    init_extra: Callable[[Params, jax.Array], Any]
     optimizer: Optimizer
     frozen_dtype: str = "float32"
 
-    def begin(self, seed: int) -> dict[str, Any]:
-        """Random parameters and extra state."""
+    def params(self, seed: int) -> Params:
+        """Random parameters."""
         with without_constraints():  # out_shardings place the result; a constraint could only disagree
-            key = jax.random.key(seed)
-            params = self.init_params(jax.random.fold_in(key, 0))
-            extra = self.init_extra(jax.random.fold_in(key, 1))
+            params = self.init_params(jax.random.fold_in(jax.random.key(seed), 0))
         dtype = jnp.dtype(self.frozen_dtype)
         trainable, frozen = self.optimizer.split(params)
         frozen = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, frozen)
-        return {"params": merge(trainable, frozen), "extra": extra}
+        return merge(trainable, frozen)
 
-    def finish(self, begun: Mapping[str, Any]) -> TrainState:
+    def extra(self, params: Params, seed: int) -> Any:
+        """The extra state of a run that starts from `params`."""
+        with without_constraints():
+            return self.init_extra(params, jax.random.fold_in(jax.random.key(seed), 1))
+
+    def finish(self, params: Params, extra: Any) -> TrainState:
         """The state at step 0 around given parameters."""
-        trainable, _ = self.optimizer.split(begun["params"])
+        trainable, _ = self.optimizer.split(params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=begun["params"],
+            params=params,
             opt_state=self.optimizer.rule.init(trainable),
             ema=jax.tree.map(jnp.copy, trainable) if self.optimizer.ema_decay is not None else {},
-            extra=begun["extra"],
+            extra=extra,
             bad_steps={"total": jnp.zeros((), jnp.int32), "consecutive": jnp.zeros((), jnp.int32)},
         )
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes and logical axes of the whole state; nothing is allocated."""
-        return jax.eval_shape(lambda: self.finish(self.begin(0)))
+
+        def state() -> TrainState:
+            params = self.params(0)
+            return self.finish(params, self.extra(params, 0))
+
+        return jax.eval_shape(state)
 
 
 def init_state(
@@ -104,8 +112,8 @@ def init_state(
     Args:
       placements: `sharding.place(init.abstract(), …)`.
       start: starting values by path ("params/vision/…", "extra/teacher/…"): lazy arrays, of which every device reads
-        only its slices, or arrays on the mesh. Paths that are missing here start random; random values that are
-        replaced are never computed.
+        only its slices, or arrays on the mesh. Parameters that are missing here start random; random values that are
+        replaced are never computed. Extra state that is missing here is made from the parameters as they then are.
 
     Raises:
       UserError: a starting value with an unknown path or another shape.
@@ -115,12 +123,20 @@ def init_state(
     given = {path: put_weight(path, leaf, targets, mesh) for path, leaf in (start or {}).items()}
     missing = {path: NamedSharding(mesh, target.spec) for path, target in targets.items() if path not in given}
 
-    def random() -> dict[str, jax.Array]:
-        flat = flatten(unbox(init.begin(seed)))
-        return {path: flat[path] for path in missing}
+    def complete(part: str, make: Callable[..., Any], *arguments: Any) -> Any:
+        """The given leaves of one part of the state with those that are missing, which `make` computes."""
+        absent = {path: sharding for path, sharding in missing.items() if path.startswith(f"{part}/")}
 
-    begun = {"params": {}, "extra": {}} | unflatten(given | jax.jit(random, out_shardings=missing)())
-    return jax.jit(init.finish, out_shardings=shardings, donate_argnums=0)(begun)
+        def rest(*arguments: Any) -> dict[str, jax.Array]:
+            flat = flatten({part: unbox(make(*arguments, seed))})
+            return {path: flat[path] for path in absent}
+
+        present = {path: leaf for path, leaf in given.items() if path.startswith(f"{part}/")}
+        return unflatten(present | jax.jit(rest, out_shardings=absent)(*arguments)).get(part, {})
+
+    params = complete("params", init.params)
+    extra = complete("extra", init.extra, params)
+    return jax.jit(init.finish, out_shardings=shardings, donate_argnums=(0, 1))(params, extra)
 
 
 def put_weight(

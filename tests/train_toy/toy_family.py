@@ -84,7 +84,7 @@ FAMILY = Family(
     module=Toy,
     loss_type=ToyLoss,
     loss=loss,
-    init_extra=lambda config, rng: {"seen": jnp.zeros((), jnp.int32)},
+    init_extra=lambda model, params, rng, config: {"seen": jnp.zeros((), jnp.int32)},
     example=lambda config: {
         "image": jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32),
         "tokens": jax.ShapeDtypeStruct((1, 4), jnp.int32),

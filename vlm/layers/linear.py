@@ -25,6 +25,11 @@ def param(
     return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
 
 
+def partitioned(value: jax.Array, *axes: str | None) -> Any:
+    """Boxes an array that is no parameter (a queue) with the logical axis of each of its dimensions."""
+    return nn.LogicallyPartitioned(value, names=axes)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks the compiler to lay `x` out along logical `axes` (`None`: not split). A no-op without a mesh.
 

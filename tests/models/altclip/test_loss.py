@@ -77,7 +77,7 @@ def test_teacher_learning_is_the_mean_squared_error_to_the_teacher(model, target
         vocab_size=20, hidden_size=12, num_layers=1, num_heads=2, mlp_dim=16, max_length=9, eos_id=19
     )
     config = LossConfig("teacher_learning", target=target, teacher=teacher, teacher_projection_dim=8)
-    extra = nn.unbox(init_extra(config, jax.random.key(3)))
+    extra = nn.unbox(init_extra(module, params, jax.random.key(3), config))
     tokens = jnp.array([[1, 2, 19, 0], [1, 19, 0, 0], [1, 3, 4, 19]])
     batch = BATCH | {"teacher_tokens": tokens, "teacher_mask": tokens != 0}
     value, (_, after) = _loss(model, batch, config, extra)

@@ -61,8 +61,9 @@ def teacher_model(config: LossConfig) -> AltCLIP | None:
     )
 
 
-def init_extra(config: LossConfig, rng: jax.Array) -> Extra:
+def init_extra(model: AltCLIP, params: Params, rng: jax.Array, config: LossConfig) -> Extra:
     """The teacher's parameters, where there is a live teacher; its real weights come from `config.init`."""
+    del model, params
     teacher = teacher_model(config)
     if teacher is None:
         return {}
