@@ -39,8 +39,8 @@ class Family:
       module: makes the Linen module from that config.
       loss_type: frozen dataclass of the loss settings; `config.loss` is built into it.
       loss: the objective.
-      init_extra: (module, parameters, rng, loss settings) -> extra state at step 0, a traceable function; {} where there
-        is none. It gets the parameters that training starts from, so that a teacher can be their copy: boxed with their
+      init_extra: (module, parameters, rng, loss settings) -> extra state at step 0, a traceable function; {} where
+        there is none. It gets the parameters that a run starts from, so that a teacher can be their copy: boxed with their
         logical axes where only the layout is asked for. `layers.linear.partitioned` names the axes of what is new.
       example: (architecture) -> one abstract batch of size 1 that reaches every parameter: the arguments of `init`.
       processor_type: frozen dataclass of the processor's settings; `config.processor` is built into it.

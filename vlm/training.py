@@ -73,7 +73,7 @@ class StateInit:
         frozen = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, frozen)
         return merge(trainable, frozen)
 
-    def extra(self, params: Params, seed: int) -> Any:
+    def beside(self, params: Params, seed: int) -> Any:
         """The extra state of a run that starts from `params`."""
         with without_constraints():
             return self.init_extra(params, jax.random.fold_in(jax.random.key(seed), 1))
@@ -95,7 +95,7 @@ class StateInit:
 
         def state() -> TrainState:
             params = self.params(0)
-            return self.finish(params, self.extra(params, 0))
+            return self.finish(params, self.beside(params, 0))
 
         return jax.eval_shape(state)
 
@@ -135,7 +135,7 @@ def init_state(
         return unflatten(present | jax.jit(rest, out_shardings=absent)(*arguments)).get(part, {})
 
     params = complete("params", init.params)
-    extra = complete("extra", init.extra, params)
+    extra = complete("extra", init.beside, params)
     return jax.jit(init.finish, out_shardings=shardings, donate_argnums=(0, 1))(params, extra)
 
 
