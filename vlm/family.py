@@ -40,8 +40,8 @@ class Family:
       loss_type: frozen dataclass of the loss settings; `config.loss` is built into it.
       loss: the objective.
       init_extra: (module, parameters, rng, loss settings) -> extra state at step 0, a traceable function; {} where
-        there is none. It gets the parameters that a run starts from, so that a teacher can be their copy: boxed with their
-        logical axes where only the layout is asked for. `layers.linear.partitioned` names the axes of what is new.
+        there is none. It gets the parameters that a run starts from, so that a teacher can be their copy: boxed with
+        their logical axes where only the layout is asked for. `layers.linear.partitioned` names the axes of new arrays.
       example: (architecture) -> one abstract batch of size 1 that reaches every parameter: the arguments of `init`.
       processor_type: frozen dataclass of the processor's settings; `config.processor` is built into it.
       processor: the class that turns images and texts into batches and has `from_config(settings)`, `load(dir)`,
