@@ -7,13 +7,28 @@
         "embeddings": {"kind": "embeddings", "data": {source}, "text": "text"},
     }
 
-`run` is what train.py and eval.py call. The mathematics of the metrics is in `classification` and `retrieval`, pure
-functions of NumPy arrays; `embed` runs the model over all devices and hosts.
+`run` is what train.py and eval.py call. The mathematics of the metrics is in `classification`, `retrieval` and
+`metrics`, pure functions of strings and NumPy arrays; `embed` runs the model over all devices and hosts.
+
+Importing the package imports no jax, so that the metrics can be had without it.
 """
 
 from __future__ import annotations
 
-from vlm.evaluation.results import check_output
-from vlm.evaluation.runner import KINDS, Plan, prepare, run
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm.evaluation.results import check_output
+    from vlm.evaluation.runner import KINDS, Plan, prepare, run
 
 __all__ = ["KINDS", "Plan", "check_output", "prepare", "run"]
+
+_RUNNER = "vlm.evaluation.runner"
+_LAZY = dict.fromkeys(("KINDS", "Plan", "prepare", "run"), _RUNNER) | {"check_output": "vlm.evaluation.results"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'vlm.evaluation' has no attribute {name!r}")
