@@ -17,9 +17,11 @@ class EncoderOutput:
       pooler_output: [B, E], one vector per example, where the encoder has such an output.
       hidden_states: [layers + 1, B, L, E] on request; index 0 is the input of the first layer.
       attentions: [layers, B, H, L, L] on request; float32.
+      cross_attentions: [layers, B, H, L, M] on request, where another sequence was read; float32.
     """
 
     last_hidden_state: jax.Array
     pooler_output: Any = None
     hidden_states: Any = None
     attentions: Any = None
+    cross_attentions: Any = None

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vlm.encoders.output import EncoderOutput
+from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import Linear, constrain, param
 from vlm.layers.norms import LayerNorm
 from vlm.layers.positions import resize_positions
@@ -29,7 +30,8 @@ class ViTConfig:
       patch_bias: whether the patch projection has a bias (CLIP: no; BLIP, FLAVA: yes).
       input_norm: LayerNorm between the embeddings and the first layer (CLIP's "pre_layrnorm").
       output_norm: "all" tokens are normalised after the last layer (BLIP, FLAVA); the pooled "class" token only, while
-        the last hidden state stays raw (CLIP); or "none".
+        the last hidden state stays raw (CLIP); or "none". "twice" is "all" with the pooled token normalised once more
+        by the same norm (HF's BlipModel; no released weights use it).
       mask_token: a learned embedding that replaces masked patches (masked image modelling).
       init: "clip" scales by depth and width (Radford et al. 2021, HF's form); "normal" is N(0, 0.02).
       remat, scan_unroll: see `layers.transformer.scan_layers`.
@@ -45,7 +47,7 @@ class ViTConfig:
     norm_eps: float = 1e-5
     patch_bias: bool = False
     input_norm: bool = True
-    output_norm: Literal["none", "class", "all"] = "class"
+    output_norm: Literal["none", "class", "all", "twice"] = "class"
     class_token: bool = True
     qkv_bias: bool = True
     mask_token: bool = False
@@ -74,7 +76,7 @@ class ViTConfig:
                 raise ValueError(f"vision.{whole}: expected a multiple of {part}={b}, found {a}")
 
 
-def patchify(image: Float[Array, "b h w c"], patch_size: int) -> Float[Array, "b p f"]:
+def patchify(image: Float[AnyArray, "b h w c"], patch_size: int) -> Float[Array, "b p f"]:
     """Cuts images into non-overlapping patches, row by row; a patch is flattened as (row, column, channel).
 
     A strided convolution is then one matrix product (faster on CPU, equal elsewhere). Rows and columns that do not
@@ -95,9 +97,9 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, "b h w c"],
+        image: Float[AnyArray, "b h w c"],
         *,
-        patch_mask: Bool[Array, "b p"] | None = None,
+        patch_mask: Bool[AnyArray, "b p"] | None = None,
         deterministic: bool = True,
         interpolate_positions: bool = False,
         output_hidden_states: bool = False,
@@ -131,10 +133,10 @@ class ViT(nn.Module):
         hidden, pooled = output.hidden, output.hidden[:, 0] if config.class_token else None
         if config.output_norm != "none":
             norm = LayerNorm(config.norm_eps, dtype, name="output_norm")
-            if config.output_norm == "all":
+            if config.output_norm in ("all", "twice"):
                 hidden = norm(hidden)
                 pooled = hidden[:, 0] if config.class_token else None
-            elif pooled is not None:
+            if pooled is not None and config.output_norm in ("class", "twice"):
                 pooled = norm(pooled)
         return EncoderOutput(hidden, pooled, output.hidden_states, output.attentions)
 

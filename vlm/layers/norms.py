@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import param
 
 
@@ -23,7 +24,7 @@ class LayerNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+    def __call__(self, x: Float[AnyArray, "*b e"]) -> Float[Array, "*b e"]:
         scale = param(self, "scale", nn.initializers.ones_init(), x.shape[-1:], ("norm",))
         bias = param(self, "bias", nn.initializers.zeros_init(), x.shape[-1:], ("norm",))
         centred = x.astype(jnp.float32)
@@ -39,7 +40,13 @@ class RMSNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+    def __call__(self, x: Float[AnyArray, "*b e"]) -> Float[Array, "*b e"]:
         scale = param(self, "scale", nn.initializers.ones_init(), x.shape[-1:], ("norm",))
         x = x.astype(jnp.float32)
         return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * scale).astype(self.dtype)
+
+
+def normalise(x: Float[AnyArray, "*b d"], eps: float = 1e-12) -> Float[Array, "*b d"]:
+    """Unit vectors x / max(‖x‖, eps), in float32; zero stays zero, with a finite gradient."""
+    x = jnp.asarray(x, jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), eps**2))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm.layers.arrays import AnyArray
 from vlm.layers.attention import Attention, Mask
 from vlm.layers.cache import Cache
 from vlm.layers.linear import Initializer, constrain, default_init
@@ -22,10 +23,10 @@ Remat = Literal["none", "dots", "full"]
 
 @flax.struct.dataclass
 class LayerInput:
-    """What differs from layer to layer of a stack: the stochastic-depth rate and the cache."""
+    """What differs from layer to layer of a stack: the stochastic-depth rate and the cache (any tree of arrays)."""
 
     drop_path_rate: jax.Array | None = None
-    cache: Cache | None = None
+    cache: Any = None
 
 
 @flax.struct.dataclass
@@ -34,7 +35,8 @@ class LayerOutput:
 
     hidden: jax.Array | None = None
     attention: jax.Array | None = None
-    cache: Cache | None = None
+    cross_attention: jax.Array | None = None
+    cache: Any = None
 
 
 class TransformerBlock(nn.Module):
@@ -70,7 +72,7 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        hidden: Float[Array, "b l e"],
+        hidden: Float[AnyArray, "b l e"],
         layer: LayerInput,
         mask: Mask = None,
         rotary: tuple[Float[Array, "b l d"], Float[Array, "b l d"]] | None = None,
@@ -137,23 +139,23 @@ class TransformerBlock(nn.Module):
 @flax.struct.dataclass
 class StackOutput:
     """Last hidden state [B, L, E]; on request hidden_states [layers + 1, B, L, E] (the first is the stack's input),
-    attentions [layers, B, H, L, M]; the updated cache where one was given.
+    attentions [layers, B, H, L, M] and, of blocks that read a context, cross_attentions; the updated cache where one
+    was given.
     """
 
     hidden: jax.Array
     hidden_states: jax.Array | None = None
     attentions: jax.Array | None = None
-    cache: Cache | None = None
+    cross_attentions: jax.Array | None = None
+    cache: Any = None
 
 
 def scan_layers(
     block: partial,
     num_layers: int,
-    hidden: Float[Array, "b l e"],
-    mask: Mask = None,
-    *,
-    rotary: tuple[Float[Array, "b l d"], Float[Array, "b l d"]] | None = None,
-    cache: Cache | None = None,
+    hidden: Float[AnyArray, "b l e"],
+    *shared: Any,
+    cache: Any = None,
     drop_path_rate: float = 0.0,
     remat: Remat = "none",
     unroll: int = 1,
@@ -167,6 +169,7 @@ def scan_layers(
 
     Args:
       block: a partial of the block's class; its keywords configure every layer.
+      shared: the block's further arguments, the same for every layer: mask, rotary tables, a context and its mask.
       cache: stacked on the layer axis (`Cache.empty(num_layers=…)`).
       drop_path_rate: stochastic depth, growing linearly from 0 in the first layer to this rate in the last.
       remat: what the backward pass computes again: nothing ("none"), all but matrix products ("dots"), or all ("full").
@@ -179,7 +182,7 @@ def scan_layers(
         _rematerialised(block.func, remat),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(0, *(nn.broadcast for _ in shared)),
         length=num_layers,
         unroll=min(unroll, num_layers),
         metadata_params={nn.PARTITION_NAME: "layers"},
@@ -191,11 +194,11 @@ def scan_layers(
         name=name,
     )
     first = hidden
-    hidden, outputs = layers(hidden, LayerInput(rates, cache), mask, rotary)
+    hidden, outputs = layers(hidden, LayerInput(rates, cache), *shared)
     states = outputs.hidden
     if states is not None:
         states = jnp.concatenate([first[None].astype(states.dtype), states])
-    return StackOutput(hidden, states, outputs.attention, outputs.cache)
+    return StackOutput(hidden, states, outputs.attention, outputs.cross_attention, outputs.cache)
 
 
 def _rematerialised(block: Any, remat: Remat) -> Any:

@@ -1,0 +1,42 @@
+"""The language-modelling head of BERT-style models (Devlin et al. 2019)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlm.layers.arrays import AnyArray
+from vlm.layers.linear import Linear, default_init, param
+from vlm.layers.mlp import ACTIVATIONS
+from vlm.layers.norms import LayerNorm
+
+
+class LMHead(nn.Module):
+    """Dense, activation, norm; then the transposed token embedding and a bias.
+
+    Attributes:
+      tied: False gives the head its own output kernel [E, V] in place of the token embedding.
+    """
+
+    vocab_size: int
+    norm_eps: float
+    activation: str = "gelu"
+    tied: bool = True
+    dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[AnyArray, "*b e"], embedding: Float[AnyArray, "v e"] | None = None
+    ) -> Float[Array, "*b v"]:
+        dtype, width = jnp.dtype(self.dtype), hidden.shape[-1]
+        hidden = Linear(width, ("embed", "projection"), dtype=dtype, name="dense")(hidden)
+        hidden = LayerNorm(self.norm_eps, dtype, name="norm")(ACTIVATIONS[self.activation](hidden))
+        bias = param(self, "bias", nn.initializers.zeros_init(), (self.vocab_size,), ("vocab",)).astype(dtype)
+        if self.tied:
+            assert embedding is not None, "a tied head needs the token embedding"
+            return jnp.dot(hidden, embedding.astype(dtype).T) + bias
+        kernel = param(self, "kernel", default_init, (width, self.vocab_size), ("embed", "vocab"))
+        return jnp.dot(hidden, kernel.astype(dtype)) + bias
