@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
+from vlm.layers.arrays import AnyArray
+
 RING_FROM = 65_536
 """Global batch size from which `contrastive(form="auto")` streams blocks instead of keeping rows."""
 
@@ -26,8 +28,8 @@ Axes = tuple[str, ...]
 
 
 def contrastive(
-    image_embeds: Float[Array, "b d"],
-    text_embeds: Float[Array, "b d"],
+    image_embeds: Float[AnyArray, "b d"],
+    text_embeds: Float[AnyArray, "b d"],
     scale: Scalar | float,
     *,
     form: Literal["auto", "rows", "ring"] = "auto",
@@ -58,21 +60,40 @@ def contrastive(
     return _contrastive(image_embeds, text_embeds, jnp.asarray(scale, jnp.float32), form, _batch_axes(batch))
 
 
-def mean_squared_error(prediction: Float[Array, "*b d"], target: Float[Array, "*b d"]) -> Scalar:
+def mean_squared_error(prediction: Float[AnyArray, "*b d"], target: Float[AnyArray, "*b d"]) -> Scalar:
     """Mean over batch and dimensions of (prediction − target)², as teacher learning uses it."""
     return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)))
 
 
-def cross_entropy(logits: Float[Array, "*b v"], labels: Int[Array, "*b"], *, ignore: int = -100) -> Scalar:
-    """Mean negative log-likelihood of the labels that are not `ignore`; 0 where all are."""
-    total, count = _cross_entropy_sum(logits, labels, ignore)
-    return total / jnp.maximum(count, 1)
+def cross_entropy(
+    logits: Float[AnyArray, "*b v"], labels: Int[AnyArray, "*b"], *, label_smoothing: float = 0.0, ignore: int = -100
+) -> Scalar:
+    """Mean of `token_losses` over the labels that are not `ignore`; 0 where all are."""
+    losses = token_losses(logits, labels, label_smoothing=label_smoothing, ignore=ignore)
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(labels != ignore), 1)
+
+
+def token_losses(
+    logits: Float[AnyArray, "*b v"], labels: Int[AnyArray, "*b"], *, label_smoothing: float = 0.0, ignore: int = -100
+) -> Float[Array, "*b"]:
+    """Negative log-likelihood of every label; 0 where the label is `ignore`.
+
+    With label smoothing ε (Szegedy et al. 2016, section 7) the target is 1 − ε on the label plus ε / V everywhere.
+    """
+    keep = labels != ignore
+    logits = logits.astype(jnp.float32)
+    # Selecting by comparison instead of indexing: with the vocabulary sharded no device gathers the logits.
+    chosen = jnp.arange(logits.shape[-1], dtype=labels.dtype) == jnp.expand_dims(jnp.where(keep, labels, 0), -1)
+    target = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    if label_smoothing:
+        target = (1 - label_smoothing) * target + label_smoothing * jnp.mean(logits, axis=-1)
+    return jnp.where(keep, jax.nn.logsumexp(logits, axis=-1) - target, 0.0)
 
 
 def chunked_cross_entropy(
-    hidden: Float[Array, "b e"],
+    hidden: Float[AnyArray, "b e"],
     head: Callable[[Float[Array, "c e"]], Float[Array, "c v"]],
-    labels: Int[Array, " b"],
+    labels: Int[AnyArray, " b"],
     *,
     chunk: int = 4096,
     ignore: int = -100,
@@ -90,7 +111,7 @@ def chunked_cross_entropy(
 
     @jax.checkpoint
     def piece(rows: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _cross_entropy_sum(head(rows), targets, ignore)
+        return jnp.sum(token_losses(head(rows), targets, ignore=ignore)), jnp.sum(targets != ignore)
 
     def step(carry: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         total, count = piece(*rows)
@@ -98,16 +119,6 @@ def chunked_cross_entropy(
 
     (total, count), _ = jax.lax.scan(step, (jnp.zeros(()), jnp.zeros((), jnp.int32)), (hidden, labels))
     return total / jnp.maximum(count, 1)
-
-
-def _cross_entropy_sum(logits: jax.Array, labels: jax.Array, ignore: int) -> tuple[jax.Array, jax.Array]:
-    keep = labels != ignore
-    logits = logits.astype(jnp.float32)
-    # Selecting by comparison instead of indexing: with the vocabulary sharded no device gathers the logits.
-    chosen = jnp.arange(logits.shape[-1], dtype=labels.dtype) == jnp.expand_dims(jnp.where(keep, labels, 0), -1)
-    likelihood = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-    loss = jax.nn.logsumexp(logits, axis=-1) - likelihood
-    return jnp.sum(jnp.where(keep, loss, 0.0)), jnp.sum(keep)
 
 
 # ----------------------------------------------------------------------------------- contrastive: where the rows are

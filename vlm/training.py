@@ -129,7 +129,7 @@ def init_state(
 
         def rest(*arguments: Any) -> dict[str, jax.Array]:
             flat = flatten({part: unbox(make(*arguments, seed))})
-            return {path: flat[path] for path in absent}
+            return {path: jnp.copy(flat[path]) for path in absent}  # never an argument's own buffer
 
         present = {path: leaf for path, leaf in given.items() if path.startswith(f"{part}/")}
         return unflatten(present | jax.jit(rest, out_shardings=absent)(*arguments)).get(part, {})
