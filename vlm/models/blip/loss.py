@@ -12,11 +12,11 @@ from vlm.errors import UserError
 from vlm.family import Batch, Extra, Metrics, Params
 from vlm.layers.linear import partitioned
 from vlm.layers.norms import normalise
+from vlm.models.blip.finetune import caption, classification, matching, vqa
 from vlm.models.blip.model import BLIP
 from vlm.models.blip.momentum import copied
 from vlm.models.blip.pretrain import pretrain
 from vlm.models.blip.retrieval import retrieval
-from vlm.models.blip.tasks import caption, classification, matching, vqa
 
 NO_ID = -100
 """What the queue of image ids holds before images have passed."""
