@@ -38,6 +38,7 @@ def test_sides_are_exchanged_as_whole_words():
     text = "the left, or right: leftover upright left-hand dogs"
     assert swap_sides(text) == "the right, or left: leftover upright right-hand dogs"
     assert swap_sides(swap_sides(text)) == text
+    assert swap_sides("Left image") == "right image"
 
 
 def test_one_text_of_several():

@@ -1,7 +1,8 @@
 """Field mapping: how a record's own field names become `image`, `text`, and whatever else a model reads.
 
 A mapping is written as `{"image": "jpg;png;webp", "text": "json/caption"}`: ours on the left, on the right the
-names in the record, alternatives separated by `;` (first present wins), nesting by `/`. With a mapping only its
+names in the record, alternatives separated by `;` (first present wins), nesting by `/`. Braces build a string from
+fields, padded with zeros where asked: `{"image": "val2014/COCO_val2014_{image_id:012d}.jpg"}`. With a mapping only its
 fields (and `key`) are returned, and each must be there; without one, records keep all their fields and the
 usual names (`jpg`, `txt`, ...) are known.
 """
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from vlm.errors import UserError, did_you_mean
 
 _ABSENT = object()
+_PLACE = re.compile(r"\{([^{}:]+)(?::0(\d{1,2})d)?\}")
 _IMAGE = "image;jpg;jpeg;png;webp;jpg_bytes;image_bytes"
 _TEXT = "text;txt;caption;captions;TEXT;json/caption;json/text"
 DEFAULTS = {"image": _IMAGE, "text": _TEXT}
@@ -43,7 +46,10 @@ class FieldMap:
     def reads(self, name: str) -> bool:
         """Whether the record's field `name` can contribute, so that readers fetch nothing else."""
         return not self.strict or any(
-            choice == name or choice.startswith(name + "/") for _, choices in self.mapping for choice in choices
+            part == name or part.startswith(name + "/")
+            for _, choices in self.mapping
+            for choice in choices
+            for part in (choice, *(place for place, _ in _PLACE.findall(choice)))
         )
 
     def needed(self, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,12 +89,24 @@ def lookup(record: Any, path: str) -> Any:
         return _ABSENT
     if path in record:
         return record[path] if record[path] is not None else _ABSENT
+    if "{" in path:
+        return _filled(record, path)
     parts = path.split("/")
     for cut in range(len(parts) - 1, 0, -1):
         head = "/".join(parts[:cut])
         if head in record:
             return lookup(record[head], "/".join(parts[cut:]))
     return _ABSENT
+
+
+def _filled(record: Mapping[str, Any], template: str) -> Any:
+    """Puts fields into `{name}` and, with zeros before a number, into `{name:012d}`."""
+    places = {match[0]: (lookup(record, match[1]), match[2]) for match in _PLACE.finditer(template)}
+    for place, (value, width) in places.items():
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or (width and not str(value).isdigit()):
+            return _ABSENT
+        template = template.replace(place, str(value).zfill(int(width or 0)))
+    return template
 
 
 def paths(record: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from typing import Any
 
@@ -15,9 +16,15 @@ class ImageFiles:
     Without a `root`, paths are relative to `beside`; absolute paths, `..` and links that lead out are refused.
     With a `root`, which the user chose, paths are relative to it, may be absolute, and must stay inside as
     written; links are followed (data sets are often farms of links).
+
+    With `frames`, an image is a video: a folder of picture files or a list of them, of which so many are read, evenly
+    spaced from the first one on.
     """
 
-    def __init__(self, root: str | None, beside: str, max_bytes: int):
+    def __init__(self, root: str | None, beside: str, max_bytes: int, frames: int | None = None):
+        if frames is not None and frames < 1:
+            raise UserError(f"frames: expected at least 1, found {frames}")
+        self._frames = frames
         self._chosen = root is not None
         self._root = os.path.abspath(os.path.expanduser(root) if root is not None else beside)
         self._max_bytes = max_bytes
@@ -30,10 +37,18 @@ class ImageFiles:
         Raises:
             UserError: the path leaves the folder, or there is no such regular file, or it is empty or too large.
         """
+        if self._frames is not None:
+            names = value if isinstance(value, (list, tuple)) else self._folder(value, where)
+            if not names:
+                raise UserError(f"{where}: image {value!r:.80} has no frames")
+            value = [names[number * len(names) // self._frames] for number in range(self._frames)]
+        if isinstance(value, (list, tuple)):
+            return [self._read(item, where) for item in value]
+        return self._read(value, where)
+
+    def _read(self, value: Any, where: str) -> bytes:
         if isinstance(value, bytes):
             return value
-        if isinstance(value, (list, tuple)):
-            return [self.read(item, where) for item in value]
         if not isinstance(value, str) or not value or "\0" in value:
             raise UserError(f"{where}: image must be a path, found {value!r:.80}")
         path = self._locate(value, where)
@@ -51,6 +66,19 @@ class ImageFiles:
                 return file.read()
         finally:
             os.close(descriptor)
+
+    def _folder(self, value: Any, where: str) -> list[str]:
+        """The files of a folder, in the order of the numbers in their names."""
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise UserError(f"{where}: image must be a folder of frames, found {value!r:.80}")
+        try:
+            names = [name for name in os.listdir(self._locate(value, where)) if not name.startswith(".")]
+        except OSError as error:
+            reason = (error.strerror or "cannot open").lower()
+            raise UserError(f"{where}: image {value!r}: expected a folder of frames: {reason}") from None
+        parts = {name: re.split(r"(\d+)", name) for name in names}  # text and numbers alternate
+        order = sorted(names, key=lambda name: [int(x) if i % 2 else x for i, x in enumerate(parts[name])])
+        return [f"{value}/{name}" for name in order]
 
     def _locate(self, value: str, where: str) -> str:
         if not self._chosen and (os.path.isabs(value) or ".." in value.split("/")):

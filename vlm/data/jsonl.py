@@ -30,6 +30,7 @@ class JsonlSource:
         name: how the source is called in messages and in the skip ledger.
         num_shards: number of files there must be.
         max_bytes: largest image file that is read.
+        frames: number of frames that are read of a video, a folder of pictures (see `ImageFiles`).
 
     Raises:
         UserError: at construction for a missing, empty or compressed file, or one whose first or last line is not
@@ -45,11 +46,12 @@ class JsonlSource:
         name: str = "",
         num_shards: int | None = None,
         max_bytes: int = 64 << 20,
+        frames: int | None = None,
     ):
         self.shards = expand(path, num_shards=num_shards)
         self.name = name or f"jsonl:{path if isinstance(path, str) else path[0]}"
         self._fields = FieldMap.parse(fields)
-        self._images = [ImageFiles(root, os.path.dirname(shard), max_bytes) for shard in self.shards]
+        self._images = [ImageFiles(root, os.path.dirname(shard), max_bytes, frames) for shard in self.shards]
         self._lines = [_index_lines(shard) for shard in self.shards]
         self._starts = Starts([len(lines) for lines in self._lines])
         digest = hashlib.sha256(repr(self._fields).encode())

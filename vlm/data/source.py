@@ -13,18 +13,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from vlm.data.json_list import JsonSource
 from vlm.data.jsonl import JsonlSource
 from vlm.data.parquet import ParquetSource
 from vlm.data.tar import TarSource
 from vlm.data.tfds import TfdsSource
 from vlm.errors import UserError, did_you_mean
 
-KINDS = {"tfds": TfdsSource, "tar": TarSource, "jsonl": JsonlSource, "parquet": ParquetSource}
+KINDS = {"tfds": TfdsSource, "tar": TarSource, "jsonl": JsonlSource, "json": JsonSource, "parquet": ParquetSource}
 _PROBE = 16
 _TYPES: dict[str, tuple[type, ...]] = {
     "kind": (str,), "path": (str, tuple, list), "split": (str,), "name": (str,), "root": (str,), "index_dir": (str,),
     "fields": (Mapping,), "where": (Mapping,), "num_shards": (int,), "num_examples": (int,), "max_bytes": (int,),
-    "cache_bytes": (int,), "weight": (int, float),
+    "cache_bytes": (int,), "weight": (int, float), "each": (str,), "number": (str,), "annotations": (str,),
+    "frames": (int,),
 }  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     """Opens the source that a config describes.
 
     Args:
-        spec: `kind` (tfds, tar, jsonl, parquet), `path`, and the options of that kind (arguments of its class).
+        spec: `kind` (tfds, tar, jsonl, json, parquet), `path`, and the options of that kind (arguments of its class).
             For every kind: `fields`, `name`, `num_examples` (the number there must be), `split` (of TFDS its own
             grammar; otherwise a range of records such as `[600:]` or `[:50%]`). None means not given.
 

@@ -35,8 +35,8 @@ def _first_words(text: str, max_words: int) -> str:
 
 
 def swap_sides(text: str) -> str:
-    """Exchanges the lower-case words "left" and "right", for a pair of pictures that change places."""
-    return re.sub(r"\b(left|right)\b", lambda match: _SIDES[match[1]], text)
+    """Exchanges the words "left" and "right" (in lower case), for a pair of pictures that change places."""
+    return re.sub(r"\b(left|right)\b", lambda match: _SIDES[match[1].lower()], text, flags=re.IGNORECASE)
 
 
 def one_text(value: Any, rng: np.random.Generator | None, name: str) -> str:
