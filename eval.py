@@ -61,14 +61,14 @@ def evaluate(config: Any, settings: Config, options: argparse.Namespace) -> dict
 
     import vlm
     from vlm import evaluation, sharding
+    from vlm.checkpoint.processes import from_primary
 
     specs = _chosen(settings, options.only)
     if options.output:
-        evaluation.check_output(Path(options.output))
+        from_primary(lambda: evaluation.check_output(Path(options.output)))
     plan = evaluation.prepare(specs, limit=options.limit)
     checkpoint = _pinned(Path(options.checkpoint))
     mesh, rules = sharding.make_mesh(settings.sharding.mesh), settings.sharding.rules
-    axes = dict(rules).get("batch") or ()
     with sharding.use(mesh, rules):
         model, params, processor = vlm.load(checkpoint, mesh=mesh, rules=rules, dtype=options.dtype, ema=options.ema)
         metrics = evaluation.run(
@@ -77,7 +77,7 @@ def evaluate(config: Any, settings: Config, options: argparse.Namespace) -> dict
             params,
             processor,
             mesh=mesh,
-            batch_axes=(axes,) if isinstance(axes, str) else tuple(axes),
+            batch_axes=sharding.batch_axes(rules),
             output=options.output,
             about=_about(checkpoint, config, options),
             progress=jax.process_index() == 0,
@@ -89,10 +89,9 @@ def _pinned(path: Path) -> Path:
     """Of a training workdir the newest step as of now, so that what is recorded is what is loaded."""
     if not (path / "checkpoints").is_dir():
         return path
-    from vlm.checkpoint.processes import from_primary
     from vlm.checkpoint.reading import find_step
 
-    return Path(from_primary(lambda: str(find_step(path))))
+    return find_step(path)
 
 
 def _about(checkpoint: Path, config: Any, options: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import types
 
 import flax.linen as nn
 import jax
@@ -83,6 +84,42 @@ def test_hosts_of_a_tpu_hold_one_run_of_rows_each(fsdp, tensor, slices):
         assert len(counts) == 16 * slices
     for part, half in enumerate(np.split(grid, slices)):  # only the data axis crosses slices
         assert {device.slice_index for device in half.flat} == {part}
+
+
+@dataclasses.dataclass(frozen=True)
+class InterleavedCore(TpuCore):
+    """Two slices whose hosts were numbered in turns: even ones in the first slice, odd ones in the second."""
+
+    @property
+    def process_index(self):
+        return TpuCore(self.id % 64).process_index * 2 + self.slice_index
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (8, 1), (64, 1), (1, 4), (4, 4)])
+def test_slices_stay_together_whatever_their_hosts_are_numbered(fsdp, tensor):
+    devices = [InterleavedCore(i, i // 64) for i in range(128)]
+    grid = sharding.device_grid(MeshConfig(-1, fsdp, tensor), devices)
+    assert set(grid.flat) == set(devices)
+    for part, half in enumerate(np.split(grid, 2)):
+        assert {device.slice_index for device in half.flat} == {part}
+    rows = rows_of_hosts(grid, 256)
+    assert len(rows) == 32
+    assert {host % 2 for host, (start, _) in rows.items() if start < 128} == {0}
+
+
+def test_other_platforms_go_slice_by_slice_too_where_they_have_some():
+    gpus = [types.SimpleNamespace(platform="gpu", process_index=i // 2, slice_index=i // 2 % 2, id=i) for i in range(8)]
+    grid = sharding.device_grid(MeshConfig(-1, 4, 1), gpus)
+    assert [[device.id for device in row] for row in grid[..., 0]] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    for gpu in gpus:
+        gpu.slice_index = None
+    assert [device.id for device in sharding.device_grid(MeshConfig(-1, 4, 1), gpus[::-1]).flat] == list(range(8))
+
+
+def test_evaluation_splits_batches_over_the_axes_of_training():
+    assert sharding.batch_axes(ShardingConfig().rules) == ("data", "fsdp")
+    assert sharding.batch_axes((("batch", "data"), ("embed", "fsdp"))) == ("data",)
+    assert sharding.batch_axes((("batch", None),)) == ()
 
 
 def test_the_torus_order_alone_scatters_the_rows_of_a_host():

@@ -56,14 +56,14 @@ def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     from jax.experimental import mesh_utils
 
     shape = tuple(mesh_shape(config, len(devices)).values())
-    slices = {getattr(device, "slice_index", 0) for device in devices}
+    slices = {_place(device)[0] for device in devices}
     if devices[0].platform == "tpu" and len(slices) > 1 and shape[0] % len(slices) == 0:
         inner = (shape[0] // len(slices), *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inner, (len(slices), 1, 1), devices, allow_split_physical_axes=True)
     elif devices[0].platform == "tpu":
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        grid = np.asarray(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
+        grid = np.asarray(sorted(devices, key=lambda device: (*_place(device), device.id))).reshape(shape)
     return group_by_host(grid)
 
 
@@ -71,12 +71,18 @@ def group_by_host(grid: np.ndarray) -> np.ndarray:
     """Reorders the batch positions of a grid [data, fsdp, tensor] so that those of every host are one run.
 
     A TPU's physical layout can interleave hosts along the data and fsdp axes (host 0 of a 4 x 4 x 4 slice would hold
-    rows 0, 4, 16 and 20 of 64). Any order of the batch is as good, so positions are sorted by host; those of one host
-    keep their physical order, and a host reads one run of rows.
+    rows 0, 4, 16 and 20 of 64). Any order of the batch is as good, so positions are sorted by host, slice by slice
+    whatever the hosts' numbers are; those of one host keep their physical order, and a host reads one run of rows.
     """
     positions = grid.reshape(-1, grid.shape[-1])
-    first = [min(device.process_index for device in devices) for devices in positions]
-    return positions[np.argsort(first, kind="stable")].reshape(grid.shape)
+    first = [min(map(_place, devices)) for devices in positions]
+    order = sorted(range(len(positions)), key=first.__getitem__)
+    return positions[order].reshape(grid.shape)
+
+
+def _place(device: Any) -> tuple[int, int]:
+    """The slice (devices with fast links among them; one where the platform knows none) and the host of a device."""
+    return getattr(device, "slice_index", None) or 0, device.process_index
 
 
 @contextlib.contextmanager
@@ -256,6 +262,11 @@ def bytes_per_device(placements: Any) -> int:
 # ----------------------------------------------------------------------------------------------------------- batch
 
 
+def batch_axes(rules: Rules) -> tuple[str, ...]:
+    """The mesh axes that rows of a batch are split over, in training and in evaluation."""
+    return _names(dict(rules).get("batch"))
+
+
 def batch_spec(
     config: ShardingConfig, batch_size: int, sizes: Mapping[str, int], accumulation_steps: int = 1
 ) -> PartitionSpec:
@@ -265,7 +276,7 @@ def batch_spec(
       UserError: the batch size is not a multiple of the devices it is split over, in every micro-batch.
     """
     axes = dict(config.rules).get("batch")
-    ways = math.prod(sizes[axis] for axis in _names(axes))
+    ways = math.prod(sizes[axis] for axis in batch_axes(config.rules))
     if batch_size % (ways * accumulation_steps):
         micro = f" x {accumulation_steps} micro-batches" if accumulation_steps > 1 else ""
         raise UserError(f"config.data.batch_size: expected a multiple of {ways} devices{micro}, found {batch_size}")

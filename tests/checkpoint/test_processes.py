@@ -7,8 +7,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vlm.checkpoint import Checkpoints, verify_step
+from vlm.checkpoint.processes import any_process, from_primary
+from vlm.errors import UserError
 
 
 def test_one_process_then_two_then_one(tmp_path):
@@ -47,3 +50,18 @@ def test_one_process_then_two_then_one(tmp_path):
     np.testing.assert_array_equal(restored["params"]["kernel"], kernel * 2)
     assert restored["rng"] == jax.random.key(2)
     verify_step(folder / "2")
+
+
+def test_what_one_process_runs_alone_cannot_ask_the_others():
+    """With one process nothing would hang, so the mistake is refused there too, and the refusal does not last."""
+    for ask in (lambda: from_primary(int), lambda: any_process(True)):
+        with pytest.raises(RuntimeError, match="cannot ask the others"):
+            from_primary(ask)
+    assert from_primary(lambda: 3) == 3 and any_process(True)
+
+
+def test_a_system_error_is_one_line_naming_the_file(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}/absent: No such file or directory$"):
+        from_primary(lambda: (tmp_path / "absent").read_text())
+    with pytest.raises(UserError, match="^No space left on device$"):
+        from_primary(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))

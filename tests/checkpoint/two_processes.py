@@ -1,6 +1,7 @@
 """One of two processes that share a run: `two_processes.py PORT INDEX FOLDER`. Driven by test_processes.py."""
 
 import os
+import pathlib
 import sys
 
 port, index, folder = sys.argv[1:]
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
 
-from vlm.checkpoint import Checkpoints, fingerprint, restore_params  # noqa: E402
+from vlm.checkpoint import Checkpoints, fingerprint, lazy_params, reading, restore_params  # noqa: E402
 from vlm.checkpoint.processes import from_primary  # noqa: E402
 from vlm.errors import UserError  # noqa: E402
 
@@ -104,6 +105,26 @@ except UserError as error:
 else:
     raise AssertionError("a failed save went unnoticed")
 assert checkpoints.steps() == [2]
+
+# Whatever the first process raises or returns, the others hear of it and go on.
+for function, kind, words in (
+    (lambda: object(), RuntimeError, "not JSON serializable"),
+    (lambda: 1 // 0, RuntimeError, "ZeroDivisionError"),
+    (lambda: pathlib.Path(folder, "absent").read_text(), UserError, "absent: No such file or directory"),
+    (lambda: from_primary(int), RuntimeError, "cannot ask the others"),
+):
+    try:
+        from_primary(function)
+    except kind as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"{words}: went unnoticed")
+
+# The second process sees another newest step, which is not there: all read what the first one chose.
+if index == "1":
+    reading.step_numbers = lambda directory: [1]
+assert reading.find_step(folder).name == "2"
+assert list(lazy_params(folder)) == ["kernel"]
 mesh = Mesh(np.array(jax.devices()).reshape(4), ("a",))
 _, params = restore_params(checkpoints.directory, shardings={"kernel": NamedSharding(mesh, P(None, "a"))})
 expected = jax.jit(lambda a: jnp.all(a == KERNEL * 2))(params["kernel"])

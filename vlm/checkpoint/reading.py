@@ -20,6 +20,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from vlm.checkpoint.fingerprint import fingerprints, host_fingerprint
 from vlm.checkpoint.leaves import Records, named_leaves
+from vlm.checkpoint.processes import from_primary
 from vlm.checkpoint.steps import step_numbers
 from vlm.errors import UserError
 from vlm.manifest import MANIFEST_NAME, read_manifest, verify_manifest
@@ -118,10 +119,16 @@ def check_files(path: Path, level: Literal["auto", "full", "fast"] = "auto") -> 
 def find_step(path: str | Path) -> Path:
     """The step directory that a path means: itself, or the newest of a workdir or checkpoints folder.
 
+    The first process looks and all take what it finds: a run that goes on saving must not show one step to this host
+    and the next one to another. All processes call it together.
+
     Raises:
         UserError: the path holds no checkpoint.
     """
-    path = Path(path)
+    return Path(from_primary(lambda: str(_newest(Path(path)))))
+
+
+def _newest(path: Path) -> Path:
     if (path / MANIFEST_NAME).is_file():
         return path.resolve()  # its name is the step, even for "."
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path

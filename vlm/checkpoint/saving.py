@@ -9,6 +9,7 @@ import json
 import logging as logging_module
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,8 @@ class Checkpoints:
         self._verified: dict[str, bool] = {}
         self._lock = steps.WriterLock(self.directory)
         logging.get_absl_logger().addFilter(_ALREADY_RAISED)
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _without_late_writes
         # Weights hardly compress (7 %), and trying costs more than all verification: see benchmarks/checkpoint.py.
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         from_primary(self._open)
@@ -308,6 +311,13 @@ class _AlreadyRaised(logging_module.Filter):
 
 
 _ALREADY_RAISED = _AlreadyRaised()
+
+
+def _without_late_writes(unraisable: Any) -> None:
+    """Drops what tensorstore prints, from its threads, of writes that end when the first failed one was raised."""
+    if unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed":
+        return
+    sys.__unraisablehook__(unraisable)
 
 
 def _json_values(data_state: Mapping[str, Any]) -> dict[str, Any]:

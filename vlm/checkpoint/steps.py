@@ -13,6 +13,7 @@ A plain number is therefore always a complete step, and whatever a killed proces
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -156,15 +157,21 @@ class WriterLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> bool:
-        """Returns whether this process has the lock now."""
+        """Returns whether this process has the lock now.
+
+        Raises:
+            UserError: the file system has no locks.
+        """
         if self._descriptor is not None:
             return True
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             os.close(descriptor)
-            return False
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # the two answers of POSIX for a lock that is held
+                return False
+            raise UserError(f"cannot lock {self._path}: {error.strerror}") from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
         self._descriptor = descriptor
