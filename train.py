@@ -66,6 +66,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
     from vlm.checkpoint.processes import from_primary
     from vlm.experiment import compile_step, experiment, make_loader, make_processor, make_report
     from vlm.preemption import Preemption
+    from vlm.tree import listing
 
     primary, micro = jax.process_index() == 0, settings.optimizer.accumulation_steps
     mesh = sharding.make_mesh(settings.sharding.mesh)
@@ -78,13 +79,17 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         # Model and data; nothing is allocated yet.
         parts = experiment(settings)
         placements = sharding.place(parts.init.abstract(), settings.sharding.rules, mesh.shape)
+        if primary and (whole := sharding.replicated((placements.params, placements.extra))):
+            reasons = listing([f"{p.path.split('/', 1)[1]}: {p.replicated}" for p in whole], 4)
+            print(f"replicated although a rule would split them: {reasons}", file=sys.stderr)
         split = NamedSharding(mesh, sharding.batch_spec(settings.sharding, settings.data.batch_size, mesh.shape, micro))
         processor = make_processor(settings, parts.family)
         loader = make_loader(settings, processor, split, workdir)
         evaluations = evaluation.prepare(settings.eval)
 
         # The state: from the newest verified checkpoint, or new.
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.train.keep)
+        kept = {name: getattr(settings.train, name) for name in ("keep", "keep_every", "verify")}
+        checkpoints = Checkpoints(workdir / "checkpoints", **kept)
         stack.enter_context(contextlib.closing(checkpoints))
         state = begin(settings, parts.init, placements, mesh, checkpoints, loader.fingerprint, allow_change)
         from_primary(lambda: folder.record(workdir, config, processor))
@@ -95,10 +100,10 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         if int(state.step) >= settings.train.steps:
             return 0
         first = next(feed)
-        if primary and "image" in first[0]:
-            folder.save_samples(
-                workdir, first[0]["image"].addressable_data(0), int(state.step), settings.train.sample_images
-            )
+        if "image" in first[0]:
+            images = first[0]["image"].addressable_data(0)  # of this host
+            shown = int(state.step), settings.train.sample_images
+            from_primary(lambda: str(folder.save_samples(workdir, images, *shown)))
         step, flops = compile_step(settings, parts, state, first[0], split)
         report = stack.enter_context(make_report(settings, config, workdir, flops, int(state.step)))
 
@@ -112,7 +117,8 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
                 {"step": number, "config": config_hash(config)},
             )
             settled = {"mesh": mesh, "output": output, "about": about, "progress": False}
-            return evaluation.run(evaluations, parts.model, state.params, processor, **settled)
+            axes = sharding.batch_axes(settings.sharding.rules)
+            return evaluation.run(evaluations, parts.model, state.params, processor, batch_axes=axes, **settled)
 
         return loop(settings, state, step, first, feed, report, save, evaluate, preemption)
 

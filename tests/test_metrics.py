@@ -138,3 +138,29 @@ def test_metrics_are_read_late_and_in_order(tmp_path):
         for step in range(6, 12):
             report.dispatched(step, {"bad_steps_in_a_row": step - 5}, 0, 0)
     writer.close()
+
+
+def test_the_last_step_is_logged_whatever_the_interval(tmp_path):
+    for last, log_every, logged in ((5, 2, [2, 4, 5]), (4, 2, [2, 4]), (5, 0, [])):
+        (folder := tmp_path / f"{last} {log_every}").mkdir()
+        writer = metrics.MetricsWriter(folder, tensorboard=False)
+        stream = io.StringIO()
+        progress = metrics.Progress(last, stream=stream)
+        report = metrics.Report(metrics.Rates(1, 1.0, None), progress, writer, log_every, 3, last)
+        for step in range(1, last + 1):
+            report.dispatched(step, {"bad_steps_in_a_row": 0, "loss": step}, 0, 0)
+        report.settle()
+        writer.close()
+        assert [line["step"] for line in lines(folder)] == logged
+        assert [int(line.split("/")[0][5:]) for line in stream.getvalue().splitlines()] == logged
+
+
+def test_a_full_disk_stops_the_run_where_all_hosts_can_hear_of_it(tmp_path, monkeypatch):
+    writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
+    report = metrics.Report(metrics.Rates(1, 1.0, None), metrics.Progress(9, stream=io.StringIO()), writer, 1, 3)
+    monkeypatch.setattr(writer, "write", lambda step, values: (_ for _ in ()).throw(OSError(28, "No space left")))
+    for step in range(1, 5):
+        report.dispatched(step, {"bad_steps_in_a_row": 0}, 0, 0)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left"), report.paused():
+        raise AssertionError("the run went on")
+    writer.close()

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 
+import vlm.evaluation
 from vlm.checkpoint import restore_params
 from vlm.tree import flatten
 
@@ -145,6 +146,83 @@ def test_two_processes_of_four_devices_equal_one_device(tmp_path, data):
     ours, theirs = params(several), params(single)
     for path in theirs:
         np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def host_pair(*arguments, devices=1):
+    """Two processes of one run; returns their (status, stderr)."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    flags = f"--coordinator=localhost:{port}", "--num_processes=2"
+    hosts = [start(*arguments, *flags, f"--process_id={index}", devices=devices) for index in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in hosts]
+    return [(process.returncode, err) for process, err in zip(hosts, errors, strict=True)]
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_two_processes_refuse_the_folder_of_another_run(tmp_path, data, capsys):
+    workdir = tmp_path / "run"
+    assert run(*arguments(data, workdir, "--config.train.steps=2"), capsys=capsys)[0] == 0
+    before = contents(workdir)
+    for status, err in host_pair(*arguments(data, workdir, "--config.train.steps=4")):
+        assert status == 2 and [line.startswith("error: ") for line in err.strip().splitlines()] == [True], err
+        assert "was started with another configuration: train.steps: 2 -> 4" in err
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize(("name", "message"), [("samples", "File exists"), ("metrics.jsonl", "Is a directory")])
+def test_two_processes_stop_when_the_first_cannot_write(tmp_path, data, name, message):
+    """`samples` is a file, or `metrics.jsonl` a folder: only the first host meets it."""
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    path.write_text("") if name == "samples" else path.mkdir()
+    for status, err in host_pair(*arguments(data, path.parent)):
+        assert status == 2 and f"error: {path}: {message}" in err, err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [".lock"]
+
+
+def test_a_full_disk_is_one_line_after_the_metrics(tmp_path, data):
+    """A limit on the size of files stands for the disk: configuration and metrics fit, the checkpoint does not."""
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(data, tmp_path / "run", "--config.model.width=8192")]
+    limited = ["sh", "-c", 'ulimit -f 128; exec "$@"', "sh", *command]
+    done = subprocess.run(limited, env=environment(1), capture_output=True, text=True, check=False)
+    *progress, last = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and last.startswith("error: checkpoint of step 2 failed: File too large; there is no")
+    assert len(progress) <= 3 and all(re.match(r"1 x cpu|step \d/6 \| loss", line) for line in progress), done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [".lock"]
+
+
+def test_evaluation_during_training_splits_batches_as_training_does(tmp_path, data, capsys, monkeypatch):
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"import runpy\ndef get_config(data=''):\n    config = runpy.run_path({str(CONFIG)!r})['get_config'](data)\n"
+        "    rules = (('batch', 'data'), ('embed', None), ('mlp', 'fsdp'))\n"
+        "    config.sharding = {'mesh': {'data': 4, 'fsdp': 2}, 'rules': rules}\n"
+        "    config.eval = {'any': {'kind': 'zero_shot'}}\n    return config\n"
+    )
+    asked = []
+    monkeypatch.setattr(vlm.evaluation, "prepare", lambda specs: specs)
+    monkeypatch.setattr(vlm.evaluation, "run", lambda *_, **options: asked.append(options["batch_axes"]) or {"top1": 1})
+    more = ("--config.train.eval_every=2", "--config.train.steps=2", "--config.train.tensorboard=False")
+    flags = f"--config={config}:{data}", f"--workdir={tmp_path / 'run'}", *more
+    assert run(*flags, capsys=capsys)[0] == 0
+    assert asked == [("data",)]
+
+
+def test_what_stays_whole_is_said_at_the_start_and_old_multiples_are_kept(tmp_path, data, capsys):
+    mesh = ("--config.sharding.mesh.data=1", "--config.sharding.mesh.fsdp=8", "--config.train.steps=7")
+    more = ("--config.train.checkpoint_every=1", "--config.train.keep=2", "--config.train.keep_every=3")
+    status, _, err = run(*arguments(data, tmp_path / "run", *mesh, *more), capsys=capsys)
+    assert status == 0
+    found = [line for line in err.splitlines() if "replicated although a rule would split them" in line]
+    reasons = "image/kernel: embed=3 is not divisible by fsdp=8, text/kernel: embed=4 is not divisible by fsdp=8"
+    assert found == [f"replicated although a rule would split them: {reasons}"]
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept >= {"3", "6", "7"} and not kept & {"1", "2"}, kept
+    assert metrics(tmp_path / "run")[-1]["step"] == 7
 
 
 def test_endless_bad_steps_stop_the_run_and_leave_it_sound(tmp_path, data, capsys):

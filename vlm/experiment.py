@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from vlm import flops, metrics
+from vlm.checkpoint.processes import from_primary
 from vlm.data.batch import LoaderSettings
 from vlm.data.loader import Loader
 from vlm.data.source import open_sources
@@ -154,20 +155,27 @@ def compile_step(
 def make_report(
     settings: Config, config: Any, workdir: Path, step_flops: float, start: int
 ) -> Iterator[metrics.Report]:
-    """The report of a run from step `start` on; only the first host writes and prints."""
+    """The report of a run from step `start` on; only the first host writes and prints.
+
+    Raises:
+      UserError: on every host, when the files cannot be opened.
+    """
     primary, train = jax.process_index() == 0, settings.train
     kind = jax.devices()[0].device_kind
     peak = flops.peak_flops(kind)
     progress = metrics.Progress(train.steps, start, enabled=primary)
-    writer = None
-    if primary:
-        writer = metrics.MetricsWriter(
-            workdir, start, tensorboard=train.tensorboard, wandb=train.wandb, config=config.to_dict()
-        )
+    writers: list[metrics.MetricsWriter] = []  # of the first host
+
+    def open_writer() -> None:
+        options = {"tensorboard": train.tensorboard, "wandb": train.wandb, "config": config.to_dict()}
+        writers.append(metrics.MetricsWriter(workdir, start, **options))
+
+    from_primary(open_writer)
+    writer = writers[0] if writers else None
     known = f"peak {peak / 1e12:g} TFLOP/s each" if peak else "peak unknown, so is the utilisation"
     progress.say(f"{jax.device_count()} x {kind} ({known}); {step_flops / 1e9:.4g} GFLOP per step")
     rates = metrics.Rates(settings.data.batch_size, step_flops, peak * jax.device_count() if peak else None)
-    report = metrics.Report(rates, progress, writer, train.log_every, train.max_bad_steps)
+    report = metrics.Report(rates, progress, writer, train.log_every, train.max_bad_steps, train.steps)
     try:
         yield report
         report.settle()

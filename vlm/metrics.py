@@ -46,7 +46,11 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the metrics of one step; the line outlives this process when this returns, not a power failure."""
+        """Writes the metrics of one step; the line outlives this process when this returns, not a power failure.
+
+        Raises:
+          OSError: the disk is full, for instance.
+        """
         clean = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3)} | clean) + "\n")
         self._file.flush()
@@ -177,17 +181,25 @@ class Report:
     """Collects the metrics of steps as they finish and passes them on, without making the device wait.
 
     A step's metrics are read when `LAG` more steps have been dispatched. So the host never runs further ahead than
-    that, and a run of bad steps is noticed as soon as it is long enough.
+    that, and a run of bad steps is noticed as soon as it is long enough. Every `log_every`-th step is logged, and the
+    last one.
     """
 
     LAG = 2
 
     def __init__(
-        self, rates: Rates, progress: Progress, writer: MetricsWriter | None, log_every: int, max_bad_steps: int
+        self,
+        rates: Rates,
+        progress: Progress,
+        writer: MetricsWriter | None,
+        log_every: int,
+        max_bad_steps: int,
+        last: int | None = None,
     ):
         self._rates, self._progress, self._writer = rates, progress, writer
-        self._log_every, self._max_bad_steps = log_every, max_bad_steps
+        self._log_every, self._max_bad_steps, self._last = log_every, max_bad_steps, last
         self._open: collections.deque[tuple[int, Mapping[str, Any], float, float]] = collections.deque()
+        self._failure: OSError | None = None
 
     def dispatched(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float) -> None:
         """Takes over the metrics (device scalars) of a step that was just started.
@@ -213,7 +225,7 @@ class Report:
                 f"{bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; they changed "
                 "nothing. The learning rate, the precision or the data is wrong; earlier checkpoints are sound"
             )
-        if self._log_every and step % self._log_every == 0:
+        if self._log_every and (step % self._log_every == 0 or step == self._last):
             values = {name: float(value) for name, value in metrics.items()} | self._rates.report()
             self._write(step, values)
             self._progress.report(step, values)
@@ -228,13 +240,28 @@ class Report:
         self._progress.say(line)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is not None:
-            self._writer.write(step, values)
+        """Only the first host writes, so a failure waits for `paused`, where all hosts hear of it and stop."""
+        if self._writer is not None and self._failure is None:
+            try:
+                self._writer.write(step, values)
+            except OSError as error:
+                self._failure = error
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise UserError(f"{METRICS}: {self._failure.strerror or self._failure}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Settles, and leaves what happens inside out of the rates."""
+        """Settles, and leaves what happens inside out of the rates.
+
+        Raises:
+          UserError: on every host, when metrics could not be written.
+        """
+        from vlm.checkpoint.processes import from_primary  # loads jax, which `train.py --help` does without
+
         self.settle()
+        from_primary(self._raise_failure)
         began = time.monotonic()
         yield
         self._rates.pause(time.monotonic() - began)

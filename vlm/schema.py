@@ -228,7 +228,9 @@ class TrainConfig:
     Attributes:
       seed: parameters, dropout.
       log_every, eval_every, checkpoint_every: in steps; 0: never (the last step is always saved).
-      keep: newest checkpoints kept.
+      keep: newest checkpoints kept. keep_every: also those of steps that are multiples of this.
+      verify: before a checkpoint is restored, "full" hashes its files, "fast" compares their sizes; values are compared
+        in any case. "auto": "full" up to 8 GiB.
       max_bad_steps: the run stops after this many consecutive steps with a non-finite loss or gradient.
       sample_images: images of the first batch written to workdir/samples.
       tensorboard: also write TensorBoard event files.
@@ -241,13 +243,15 @@ class TrainConfig:
     eval_every: int = 0
     checkpoint_every: int = 1000
     keep: int = 3
+    keep_every: int | None = None
+    verify: Literal["auto", "full", "fast"] = "auto"
     max_bad_steps: int = 8
     sample_images: int = 16
     tensorboard: bool = True
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "steps", "keep", "max_bad_steps")
+        _at_least(1, self, "steps", "keep", "keep_every", "max_bad_steps")
         _at_least(0, self, "log_every", "eval_every", "checkpoint_every", "sample_images")
 
 

@@ -51,6 +51,21 @@ def test_a_failure_leaves_nothing(model, params, processor, colours, tmp_path):
     assert not list((tmp_path / "out").glob("*")) + list((tmp_path / "out").glob(".*"))
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(model, params, processor, colours, tmp_path, monkeypatch):
+    spec, _ = colours(count=5)
+    task = Extract.prepare(ExtractConfig(spec, shard_size=2), "config.eval.e")
+    save, calls = np.save, []
+
+    def full(file, array):
+        calls.append(file.write(b"half"))
+        return save(file, array) if len(calls) == 1 else (_ for _ in ()).throw(OSError(28, "No space left on device"))
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match="^No space left on device$"):
+        dataclasses.replace(task, folder=tmp_path / "out")(Embedder(model, params, processor, batch_size=2))
+    assert len(calls) == 2 and not list((tmp_path / "out").iterdir())
+
+
 def test_without_a_folder_nothing_is_written(model, params, processor, colours):
     spec, _ = colours(count=5)
     task = Extract.prepare(ExtractConfig(spec), "config.eval.e")

@@ -19,6 +19,8 @@ import jax, numpy as np, jax.numpy as jnp
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vlm import evaluation, losses
+from vlm.errors import UserError
+from vlm.evaluation import results
 
 fake = runpy.run_path(sys.argv[3])
 specs, words, projection, image, text = json.loads(sys.argv[4])
@@ -39,6 +41,25 @@ with jax.set_mesh(mesh):
         metrics[form] = float(value)
         metrics[form + "_gradient"] = float(jnp.sum(gradient * gradient))
 print(json.dumps(metrics))
+
+# The first host alone writes; when it cannot, both stop.
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+writers = {"colours": (evaluation.results, "write"), "vectors": (np, "save")}
+for name, (module, function) in writers.items():
+    usual = getattr(module, function)
+    if sys.argv[2] == "0":
+        setattr(module, function, full)
+    spec = specs["colours"] if name == "colours" else {"kind": "embeddings", "data": specs["colours"]["data"]}
+    with jax.set_mesh(mesh):
+        try:
+            evaluation.run({name: spec}, fake["ColourModel"](), params, fake["ColourProcessor"](), output=sys.argv[6])
+        except UserError as error:
+            assert "No space left on device" in str(error), error
+        else:
+            raise AssertionError(f"{name}: nobody heard of it")
+    setattr(module, function, usual)
 """
 
 
@@ -69,9 +90,9 @@ def test_two_processes_equal_one(model, params, processor, colours, tmp_path):
     flags = "--xla_force_host_platform_device_count=2"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     port, fake = f"localhost:{free_port()}", str(pathlib.Path(__file__).with_name("conftest.py"))
+    outputs = [str(tmp_path / "two" / "r.json"), str(tmp_path / "none" / "r.json")]
     commands = [
-        [sys.executable, "-c", PROGRAM, port, str(host), fake, json.dumps(values), str(tmp_path / "two" / "r.json")]
-        for host in range(2)
+        [sys.executable, "-c", PROGRAM, port, str(host), fake, json.dumps(values), *outputs] for host in range(2)
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
@@ -79,6 +100,7 @@ def test_two_processes_equal_one(model, params, processor, colours, tmp_path):
     for process, (out, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, err[-3000:]
         assert json.loads(out.splitlines()[-1]) == pytest.approx(expected, rel=1e-5)
+    assert not [path for path in (tmp_path / "none").rglob("*") if path.is_file()]
     for name in ("r.colours.jsonl", "r.pairs.jsonl"):
         one, two = (
             [json.loads(line) for line in (tmp_path / n / name).read_text().splitlines()] for n in ("one", "two")

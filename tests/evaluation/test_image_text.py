@@ -25,7 +25,7 @@ def test_metrics_equal_the_pure_functions(model, params, processor, colours):
     embedder = Embedder(model, params, processor, batch_size=8)
     result = prepare(spec)(embedder)
     task = prepare(spec)
-    images, notes = embedder.all_images(task.source, task._note)
+    images, notes = embedder.all_images(task.source, task.note)
     embeds = embedder.texts([text for note in notes for text in note["texts"]])
     text_image = np.concatenate([[i] * (1 + i % 3) for i in range(20)])
     assert result.metrics == retrieval.recall(retrieval.ranks(images, embeds, text_image), (1, 2))

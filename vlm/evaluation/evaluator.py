@@ -85,6 +85,17 @@ def open_data(spec: Mapping[str, Any], path: str, limit: int | None = None) -> S
     return Subset(source, f"[0:{limit}]") if limit is not None and limit < len(source) else source
 
 
+def open_task(kind: Any, config: Any, path: str, limit: int | None, *more: Any) -> Any:
+    """`kind(config, source, *more)` over `config.data`, once its `note` has accepted the first readable example.
+
+    Raises:
+      UserError: the data cannot be opened, or hold something else than the evaluation needs.
+    """
+    task = kind(config, open_data(config.data, f"{path}.data", limit), *more)
+    first_note(task.source, task.note)
+    return task
+
+
 def images_key(spec: Mapping[str, Any], source: Source) -> str:
     """Says which images a source holds, whatever other fields it reads beside them."""
     given = plain(spec)

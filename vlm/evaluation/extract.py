@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from vlm.checkpoint.processes import from_primary, is_primary
 from vlm.data.source import Source
 from vlm.evaluation.embed import Advance, Embedder, Note
-from vlm.evaluation.evaluator import Result, first_note, open_data
+from vlm.evaluation.evaluator import Result, open_task
 from vlm.evaluation.image_text import texts_of
 
 
@@ -56,9 +56,7 @@ class Extract:
         Raises:
           UserError: it is wrong, or has no such texts.
         """
-        task = cls(config, open_data(config.data, f"{path}.data", limit))
-        first_note(task.source, task._note)
-        return task
+        return open_task(cls, config, path, limit)
 
     @property
     def size(self) -> int:
@@ -71,13 +69,12 @@ class Extract:
         return self.config.text is not None
 
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
-        """Embeds everything; process 0 writes."""
-        folder = self.folder if jax.process_index() == 0 else None
-        images = _Shards(folder, "image", self.config.shard_size)
-        texts = _Shards(folder, "text", self.config.shard_size)
+        """Embeds everything; the first process writes, and when it cannot, all of them stop."""
+        images = _Shards(self.folder, "image", self.config.shard_size)
+        texts = _Shards(self.folder, "text", self.config.shard_size)
         count = 0
         try:
-            for embeds, notes in embedder.images(self.source, self._note, advance):
+            for embeds, notes in embedder.images(self.source, self.note, advance):
                 count += len(notes)
                 images.add(embeds, [{"index": note["index"], "key": note["key"]} for note in notes])
                 rows = [
@@ -93,13 +90,17 @@ class Extract:
         details = {"data_fingerprint": self.source.fingerprint, "width": images.width, "files": files}
         return Result("embeddings", metrics, {}, count, len(self.source) - count, details)
 
-    def _note(self, example: Mapping[str, Any]) -> Note:
+    def note(self, example: Mapping[str, Any]) -> Note:
+        """Key and texts of an example."""
         note: Note = {"key": str(example.get("key"))}
         return note if self.config.text is None else note | {"texts": texts_of(example, self.config.text)}
 
 
 class _Shards:
-    """Collects rows and writes them in files of equal size, which get their names when their number is known."""
+    """Collects rows and writes them in files of equal size, which get their names when their number is known.
+
+    Every process counts, the first one keeps the rows and writes.
+    """
 
     def __init__(self, folder: Path | None, name: str, size: int):
         self.count, self.width = 0, 0
@@ -113,8 +114,9 @@ class _Shards:
         self.count, self.width = self.count + len(rows), embeds.shape[1]
         if self._folder is None:
             return
-        self._embeds.append(embeds)
-        self._rows.extend(rows)
+        if is_primary():
+            self._embeds.append(embeds)
+            self._rows.extend(rows)
         self._waiting += len(rows)
         while self._waiting >= self._size:
             self._write(self._size)
@@ -125,6 +127,10 @@ class _Shards:
             return []
         if self._waiting:
             self._write(self._waiting)
+        return from_primary(self._give_names)
+
+    def _give_names(self) -> list[str]:
+        assert self._folder is not None
         names = []
         for old in self._folder.glob(f"{self._name}-?????-of-?????.*"):
             old.unlink()  # of an earlier extraction, perhaps into another number of files
@@ -137,7 +143,9 @@ class _Shards:
 
     def discard(self) -> None:
         """Removes what has not got its name."""
-        for number in range(self._written if self._folder is not None else 0):
+        if self._folder is None or not is_primary():
+            return
+        for number in range(self._written + 1):  # the last one is what could not be written
             for suffix in (".jsonl", ".npy"):
                 self._part(number, suffix).unlink(missing_ok=True)
 
@@ -146,6 +154,10 @@ class _Shards:
         return self._folder / f".{self._name}-{number:05d}.part{suffix}"
 
     def _write(self, count: int) -> None:
+        from_primary(lambda: self._save(count))
+        self._waiting, self._written = self._waiting - count, self._written + 1
+
+    def _save(self, count: int) -> None:
         assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
         together = np.concatenate(self._embeds)
@@ -155,4 +167,4 @@ class _Shards:
             os.fsync(file.fileno())
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self._part(self._written, ".jsonl").write_text(lines, encoding="utf-8")
-        self._embeds, self._waiting, self._written = [together[count:]], self._waiting - count, self._written + 1
+        self._embeds = [together[count:]]

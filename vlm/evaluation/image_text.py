@@ -13,7 +13,7 @@ from vlm.data.source import Source
 from vlm.errors import UserError
 from vlm.evaluation import retrieval
 from vlm.evaluation.embed import Advance, Embedder, Note
-from vlm.evaluation.evaluator import Result, Sampling, field, first_note, images_key, open_data
+from vlm.evaluation.evaluator import Result, Sampling, field, images_key, open_task
 
 SHOWN = 5
 
@@ -63,9 +63,7 @@ class Retrieval:
         Raises:
           UserError: one of them is wrong.
         """
-        task = cls(config, open_data(config.data, f"{path}.data", limit))
-        first_note(task.source, task._note)
-        return task
+        return open_task(cls, config, path, limit)
 
     @property
     def size(self) -> int:
@@ -79,7 +77,7 @@ class Retrieval:
 
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Ranks all texts for every image and all images for every text."""
-        images, notes = embedder.all_images(self.source, self._note, advance, images_key(self.config.data, self.source))
+        images, notes = embedder.all_images(self.source, self.note, advance, images_key(self.config.data, self.source))
         texts = [text for note in notes for text in note["texts"]]
         text_image = np.repeat(np.arange(len(notes)), [len(note["texts"]) for note in notes])
         embeds = embedder.texts(texts)
@@ -110,7 +108,7 @@ class Retrieval:
             page={"source": self.source, "queries": _queries(shown, notes, texts, images, embeds, found, groups)},
         )
 
-    def _note(self, example: Mapping[str, Any]) -> Note:
+    def note(self, example: Mapping[str, Any]) -> Note:
         """Key and texts of an example."""
         texts = texts_of(example, self.config.text)
         note: Note = {"key": str(example.get("key")), "texts": texts[: self.config.captions]}

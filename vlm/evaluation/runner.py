@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vlm.checkpoint.processes import from_primary
 from vlm.errors import UserError, did_you_mean
 from vlm.evaluation import results as files
 from vlm.evaluation.embed import Embedder
@@ -100,11 +101,12 @@ def run(
       {"evaluation/metric": value}.
 
     Raises:
-      UserError: as `prepare`; also when the model or processor cannot do what is asked.
+      UserError: as `prepare`; also when the model or processor cannot do what is asked, or, on every host, when the
+        first one cannot write.
     """
     plan = specs if isinstance(specs, Plan) else prepare(specs, limit=limit)
     if output is not None:
-        files.check_output(Path(output))
+        from_primary(lambda: files.check_output(Path(output)))
     if processor is None:
         raise UserError("evaluation: the checkpoint has no tokenizer and image settings")
     if mesh is None:
@@ -122,8 +124,8 @@ def run(
             results[name] = _run(name, evaluator, fed, progress and jax.process_index() == 0)
         except UserError as error:
             raise UserError(f"config.eval.{name}: {error}") from error
-    if output is not None and jax.process_index() == 0:
-        files.write(Path(output), results, plan.specs, about or {})
+    if output is not None:
+        from_primary(lambda: files.write(Path(output), results, plan.specs, about or {}))
     return files.flat(results)
 
 

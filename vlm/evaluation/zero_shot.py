@@ -17,7 +17,7 @@ from vlm.data.source import Source
 from vlm.errors import UserError
 from vlm.evaluation import classification, prompts
 from vlm.evaluation.embed import TEXT_GROUP, Advance, Embedder, Note
-from vlm.evaluation.evaluator import Result, Sampling, field, first_note, images_key, open_data, parse_class
+from vlm.evaluation.evaluator import Result, Sampling, field, images_key, open_task, parse_class
 
 SHOWN_SCORES = 5
 
@@ -87,9 +87,7 @@ class ZeroShot:
             raise UserError(f"{path}.classes: expected class numbers below {len(names)}, found {unknown[0]}")
         if len(names if not config.classes else config.classes) < 2:
             raise UserError(f"{path}.classnames: expected at least two classes, found {len(names)}")
-        task = cls(config, open_data(config.data, f"{path}.data", limit), names, templates)
-        first_note(task.source, task._note)
-        return task
+        return open_task(cls, config, path, limit, names, templates)
 
     @property
     def size(self) -> int:
@@ -106,7 +104,7 @@ class ZeroShot:
         numbers = list(self.config.classes) or list(range(len(self.names)))
         names = [self.names[number] for number in numbers]
         classes = class_embeddings(embedder, names, self.templates)
-        images, notes = embedder.all_images(self.source, self._note, advance, images_key(self.config.data, self.source))
+        images, notes = embedder.all_images(self.source, self.note, advance, images_key(self.config.data, self.source))
         scores = images @ classes.T
         measure = self._multi if self.config.multi_label else self._single
         measured = measure(scores, notes, {number: column for column, number in enumerate(numbers)})
@@ -176,7 +174,7 @@ class ZeroShot:
     def _intervals(self, metrics: Any, clusters: int) -> dict[str, tuple[float, float]]:
         return self.config.bootstrap.intervals(metrics, clusters)
 
-    def _note(self, example: Mapping[str, Any]) -> Note:
+    def note(self, example: Mapping[str, Any]) -> Note:
         """Key and class number(s) of an example."""
         value, key = field(example, self.config.label), str(example.get("key"))
         if not self.config.multi_label:
