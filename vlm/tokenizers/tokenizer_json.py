@@ -96,6 +96,13 @@ class LibraryTokenizer(Tokenizer):
         """Returns the id of a token by its exact spelling, or None."""
         return self._backend.token_to_id(token)
 
+    def extended(self, tokens: Iterable[str]) -> LibraryTokenizer:
+        """Returns a copy that also knows these special tokens; those that it lacks get the next ids in order."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        for token in tokens:
+            backend.add_special_tokens([token])
+        return LibraryTokenizer(backend, self._config, pad_id=self.pad_id)
+
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
         directory = Path(directory)
