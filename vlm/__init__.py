@@ -14,12 +14,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlm.generation import generate
     from vlm.loading import load, save
 
 __version__ = "0.1.0"
-__all__ = ["load", "save"]
+__all__ = ["generate", "load", "save"]
 
-_LAZY = {"load": "vlm.loading", "save": "vlm.loading"}
+_LAZY = {"generate": "vlm.generation", "load": "vlm.loading", "save": "vlm.loading"}
 
 
 def __getattr__(name: str) -> Any:

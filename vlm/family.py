@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+
+from vlm.layers.cache import DecoderCache
 
 Params = Any
 Extra = dict[str, Any]
@@ -26,6 +28,42 @@ class Loss(Protocol):
           model: the family's module; params: its parameters; extra: other state (teacher, queue).
           batch: arrays as the processor makes them, on the mesh; rng: key of this step; config: the loss settings.
         """
+        ...
+
+
+class Generative(Protocol):
+    """A model that writes text, as `vlm.generation` drives it: a Linen module with these attributes and methods.
+
+    It has a boolean attribute `decoding`: true where its parameters are laid out for decoding
+    (`layers.layout.decoding_layout`). `prefill` and `decode` are called that way only, through `apply`.
+
+    Attributes:
+      decoding_parts: path of each subtree that decodes, with the width of its attention heads.
+      vocab_size: width V of the logits; context_length: the longest sequence, None if nothing limits it.
+      stop_ids, pad_id: what ends a sequence unless told otherwise, and what fills up after it.
+    """
+
+    decoding: bool
+    decoding_parts: Mapping[str, int]
+    vocab_size: int
+    context_length: int | None
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+    def prompt(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `prefill` for a processor's batch, NumPy arrays in and out, not through `apply`.
+
+        `tokens` int32[B, L] and `mask` bool[B, L] are what the decoder reads first, padded on either side. Integer and
+        boolean arrays [B, L, …] may be padded further on the right, with zeros.
+        """
+        ...
+
+    def prefill(self, **batch: jax.Array) -> tuple[jax.Array, DecoderCache]:
+        """Logits [B, V] after each row's last real token, and the cache of the prompt."""
+        ...
+
+    def decode(self, tokens: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
+        """One step: tokens int32[B, n] of the n rows of each example to logits [B, n, V] and the next cache."""
         ...
 
 

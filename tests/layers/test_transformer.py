@@ -101,7 +101,7 @@ def test_stochastic_depth_drops_whole_examples_at_the_linear_rates():
 def test_stacked_cache_equals_the_full_pass():
     model, params, x = _init(num_kv_heads=1)
     full = model.apply(params, x, masks.causal_mask(5)).hidden
-    cache = Cache.empty(2, 8, 1, 8, num_layers=3)
+    cache = jax.tree.map(lambda x: jnp.stack([x] * 3), Cache.empty(2, 8, 1, 8))
     outputs = []
     for i in range(5):
         mask = masks.cached_mask(jnp.full((2, 1), i), 8)

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from vlm.layers.arrays import AnyArray
 from vlm.layers.cache import Cache
 from vlm.layers.linear import Initializer, Linear, constrain, default_init
 from vlm.layers.norms import LayerNorm, RMSNorm
 from vlm.layers.positions import apply_rotary
 
-Mask = Bool[Array, "#b #h #l m"] | None
+Mask = Bool[AnyArray, "#b #h #l m"] | None
 KeysValues = tuple[Float[Array, "b m k d"], Float[Array, "b m k d"]]
 
 
@@ -36,9 +37,9 @@ def attention_kernel(backend: str, dtype: Any, head_dim: int, *, masked: bool) -
 
 
 def dot_product_attention(
-    query: Float[Array, "b l h d"],
-    key: Float[Array, "b m k d"],
-    value: Float[Array, "b m k d"],
+    query: Float[AnyArray, "b l h d"],
+    key: Float[AnyArray, "b m k d"],
+    value: Float[AnyArray, "b m k d"],
     mask: Mask = None,
 ) -> Float[Array, "b l h d"]:
     """softmax(q kᵀ / √D) v with the fastest formulation for the device.
@@ -57,7 +58,7 @@ def dot_product_attention(
 
 
 def attention_weights(
-    query: Float[Array, "b l h d"], key: Float[Array, "b m k d"], mask: Mask = None
+    query: Float[AnyArray, "b l h d"], key: Float[AnyArray, "b m k d"], mask: Mask = None
 ) -> Float[Array, "b h l m"]:
     """The normalised attention weights themselves, float32: for outputs, visualisation and attention dropout."""
     scores, _ = _scores(query, key, key, mask)
@@ -81,6 +82,28 @@ def _scores(
     return scores, value
 
 
+def cached_attention(query: Float[AnyArray, "b l h d"], cache: Cache, mask: Mask = None) -> Float[Array, "b l h d"]:
+    """softmax(q kᵀ / √D) v against a cache, in the layout in which the cache keeps its keys and values.
+
+    The rows that decode one example together are its L queries, so that its keys are read once for all of them.
+    """
+    batch, length, heads, width = query.shape
+    kv_heads = cache.key.shape[1]
+    grouped = (
+        (query * width**-0.5).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, width)
+    )  # groups and rows: one axis
+    key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
+    scores = jnp.einsum("bkrd,bkmd->bkrm", grouped, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, length, -1)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1)[..., None]
+    flat = weights.reshape(batch, kv_heads, -1, weights.shape[-1]).astype(value.dtype)
+    mixed = jnp.einsum("bkrm,bkmd->bkrd", flat, value).reshape(batch, heads, length, width)
+    return (mixed / total.astype(mixed.dtype)).transpose(0, 2, 1, 3)
+
+
 def _merge(grouped: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     batch, length, heads, width = shape
     return grouped.reshape(batch, heads, length, -1).transpose(0, 2, 1, 3)
@@ -93,6 +116,7 @@ class Attention(nn.Module):
       num_heads, num_kv_heads: query heads H and key/value heads K (K divides H; None: K = H).
       head_dim: width D of one head; H·D need not equal the hidden width.
       qk_norm: normalises queries and keys per head before rotary positions ("layer" or "rms").
+      fused: the parameters are laid out for decoding (`layers.layout`): one kernel for queries, keys and values.
     """
 
     num_heads: int
@@ -107,6 +131,7 @@ class Attention(nn.Module):
     out_init: Initializer = default_init
     out_features: int | None = None
     dtype: Any = jnp.float32
+    fused: bool = False
 
     def _project(self, name: str, x: jax.Array, heads: int) -> Float[Array, "b l h d"]:
         axes = ("embed", "heads" if name == "query" else "kv_heads")
@@ -114,6 +139,17 @@ class Attention(nn.Module):
         y = Linear(width, axes, self.qkv_bias, self.qkv_init, dtype=self.dtype, name=name)(x)
         y = constrain(y, "batch", "length", "heads_activation")
         return y.reshape(*y.shape[:2], heads, self.head_dim)
+
+    def _project_fused(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values in one product; each key/value head's columns lie beside its query heads'."""
+        kv_heads = self.num_kv_heads or self.num_heads
+        groups = self.num_heads // kv_heads
+        width = kv_heads * (groups + 2) * self.head_dim
+        y = Linear(width, ("embed", "heads"), self.qkv_bias, self.qkv_init, dtype=self.dtype, name="qkv")(x)
+        y = constrain(y, "batch", "length", "heads_activation")
+        y = y.reshape(*y.shape[:2], kv_heads, groups + 2, self.head_dim)
+        query = y[..., :groups, :].reshape(*y.shape[:2], self.num_heads, self.head_dim)
+        return query, y[..., groups, :], y[..., groups + 1, :]
 
     def _normalise(self, name: str, x: jax.Array) -> jax.Array:
         if self.qk_norm is None or name == "value":
@@ -124,10 +160,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b l e"],
+        x: Float[AnyArray, "b l e"],
         mask: Mask = None,
         *,
-        context: Float[Array, "b m c"] | None = None,
+        context: Float[AnyArray, "b m c"] | None = None,
         keys_values: KeysValues | None = None,
         rotary: tuple[Float[Array, "b l d"], Float[Array, "b l d"]] | None = None,
         cache: Cache | None = None,
@@ -136,25 +172,31 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b l e"], KeysValues | Cache, Float[Array, "b h l m"] | None]:
         """Attends from `x` to itself, to `context`, or to already projected `keys_values`.
 
-        With a `cache`, the new keys and values take its next slots and `mask` spans the whole buffer
-        (`masks.cached_mask`). Returns the output, the keys and values (the updated cache where one was given) and the
-        attention weights if asked for.
+        With a growing `cache`, the new keys and values take its next slots and `mask` spans the whole buffer
+        (`masks.cached_mask`, `DecoderCache.begin`); a constant one is only read. Returns the output, the keys and
+        values (the updated cache where one was given) and, without a cache, the attention weights if asked for.
         """
         kv_heads = self.num_kv_heads or self.num_heads
-        query = self._normalise("query", self._project("query", x, self.num_heads))
+        constant = cache is not None and cache.index is None
+        fused = (
+            self._project_fused(x) if self.fused and context is None and keys_values is None and not constant else None
+        )
+        query = self._normalise("query", self._project("query", x, self.num_heads) if fused is None else fused[0])
         if rotary is not None:
             query = apply_rotary(query, rotary)
-        if keys_values is None:
+        if keys_values is None and not constant:
             source = x if context is None else context
-            key = self._normalise("key", self._project("key", source, kv_heads))
+            key = self._normalise("key", self._project("key", source, kv_heads) if fused is None else fused[1])
             if rotary is not None:
                 key = apply_rotary(key, rotary)
-            keys_values = (key, self._project("value", source, kv_heads))
-        state: KeysValues | Cache = keys_values
-        if cache is not None:
-            state = cache.append(*keys_values)
-            keys_values = (state.key.astype(self.dtype), state.value.astype(self.dtype))
-        mixed, weights = self._attend(query, keys_values, mask, deterministic, output_attentions)
+            keys_values = (key, self._project("value", source, kv_heads) if fused is None else fused[2])
+        if cache is None:
+            assert keys_values is not None
+            state: KeysValues | Cache = keys_values
+            mixed, weights = self._attend(query, keys_values, mask, deterministic, output_attentions)
+        else:
+            state = cache if keys_values is None else cache.append(*keys_values)
+            mixed, weights = cached_attention(query, state, mask), None
         mixed = mixed.reshape(*mixed.shape[:2], self.num_heads * self.head_dim)
         features = self.out_features or x.shape[-1]
         out = Linear(features, ("heads", "embed"), self.out_bias, self.out_init, dtype=self.dtype, name="out")

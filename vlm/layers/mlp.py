@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm.layers.linear import Initializer, Linear, constrain, default_init
+from vlm.layers.arrays import AnyArray
+from vlm.layers.linear import Initializer, Linear, constrain, default_init, param
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -39,7 +40,7 @@ class MLP(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+    def __call__(self, x: Float[AnyArray, "*b e"]) -> Float[Array, "*b e"]:
         linear = partial(Linear, use_bias=self.use_bias, dtype=self.dtype)
         hidden = linear(self.mlp_dim, axes=("embed", "mlp"), kernel_init=self.up_init, name="up")(x)
         hidden = ACTIVATIONS[self.activation](hidden)
@@ -49,19 +50,44 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) · up(x)): SwiGLU with the "silu" activation (Shazeer 2020)."""
+    """down(activation(gate(x)) · up(x)): SwiGLU with the "silu" activation (Shazeer 2020).
+
+    Attributes:
+      fused: the parameters are laid out for decoding (`layers.layout`): gate and up in one kernel [in, 2, mlp_dim].
+    """
 
     mlp_dim: int
     activation: str = "silu"
     use_bias: bool = False
     kernel_init: Initializer = default_init
     dtype: Any = jnp.float32
+    fused: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+    def __call__(self, x: Float[AnyArray, "*b e"]) -> Float[Array, "*b e"]:
         linear = partial(Linear, use_bias=self.use_bias, kernel_init=self.kernel_init, dtype=self.dtype)
-        gate = linear(self.mlp_dim, axes=("embed", "mlp"), name="gate")(x)
-        hidden = ACTIVATIONS[self.activation](gate) * linear(self.mlp_dim, axes=("embed", "mlp"), name="up")(x)
+        if self.fused:
+            gate, up = GateUp(self.mlp_dim, self.use_bias, self.dtype, name="gate_up")(x)
+        else:
+            gate, up = (linear(self.mlp_dim, axes=("embed", "mlp"), name=name)(x) for name in ("gate", "up"))
+        hidden = ACTIVATIONS[self.activation](gate) * up
         if hidden.ndim == 3:
             hidden = constrain(hidden, "batch", "length", "mlp_activation")
         return linear(x.shape[-1], axes=("mlp", "embed"), name="down")(hidden)
+
+
+class GateUp(nn.Module):
+    """Both input products of a gated MLP in one; parameters kernel [in, 2, mlp_dim] and bias [2, mlp_dim]."""
+
+    mlp_dim: int
+    use_bias: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[AnyArray, "*b e"]) -> tuple[Float[Array, "*b m"], Float[Array, "*b m"]]:
+        shape = (x.shape[-1], 2, self.mlp_dim)
+        kernel = param(self, "kernel", default_init, shape, ("embed", None, "mlp"))
+        y = jnp.einsum("...e,ecm->...cm", x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            y = y + param(self, "bias", nn.initializers.zeros_init(), shape[1:], (None, "mlp")).astype(self.dtype)
+        return y[..., 0, :], y[..., 1, :]

@@ -44,6 +44,9 @@ class TransformerBlock(nn.Module):
 
     pre-norm:  x ← x + attention(norm(x));  x ← x + mlp(norm(x))        (ViT, CLIP, LLaMA)
     post-norm: x ← norm(x + attention(x));  x ← norm(x + mlp(x))        (BERT, RoBERTa)
+
+    With `fused`, the parameters are laid out for decoding (`layers.layout`), and the output's cache holds the keys and
+    values where no cache was given.
     """
 
     num_heads: int
@@ -65,6 +68,7 @@ class TransformerBlock(nn.Module):
     up_init: Initializer = default_init
     down_init: Initializer = default_init
     dtype: Any = jnp.float32
+    fused: bool = False
     deterministic: bool = True
     output_hidden_states: bool = False
     output_attentions: bool = False
@@ -99,7 +103,7 @@ class TransformerBlock(nn.Module):
         return hidden, LayerOutput(
             hidden=hidden if self.output_hidden_states else None,
             attention=weights,
-            cache=state if isinstance(state, Cache) else None,
+            cache=state if self.fused or isinstance(state, Cache) else None,
         )
 
     def _attention(self) -> Attention:
@@ -113,12 +117,14 @@ class TransformerBlock(nn.Module):
             qkv_init=self.qkv_init,
             out_init=self.out_init,
             dtype=self.dtype,
+            fused=self.fused,
             name="attention",
         )
 
     def _mlp(self) -> MLP | GatedMLP:
         if self.gated_mlp:
-            return GatedMLP(self.mlp_dim, self.activation, self.mlp_bias, self.up_init, self.dtype, name="mlp")
+            options = (self.mlp_bias, self.up_init, self.dtype, self.fused)
+            return GatedMLP(self.mlp_dim, self.activation, *options, name="mlp")
         inits = (self.up_init, self.down_init)
         return MLP(self.mlp_dim, self.activation, self.mlp_bias, *inits, dtype=self.dtype, name="mlp")
 
@@ -170,7 +176,7 @@ def scan_layers(
     Args:
       block: a partial of the block's class; its keywords configure every layer.
       shared: the block's further arguments, the same for every layer: mask, rotary tables, a context and its mask.
-      cache: stacked on the layer axis (`Cache.empty(num_layers=…)`).
+      cache: stacked on the layer axis.
       drop_path_rate: stochastic depth, growing linearly from 0 in the first layer to this rate in the last.
       remat: what the backward pass computes again: nothing ("none"), all but matrix products ("dots"), or all ("full").
       unroll: layers per iteration of the scan; more trades compile time for fewer copies of the stacked weights.
