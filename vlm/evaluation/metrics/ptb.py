@@ -101,9 +101,10 @@ def _written(kind: str, token: str) -> list[str]:
     token = token.lower()
     if kind == "raw":
         return [token]
-    cut = SPLIT.get(token)
-    if cut:
-        return [token[:cut], token[cut:]]
+    if kind == "smiley":
+        return [token.replace("(", "-lrb-").replace(")", "-rrb-")]
+    if kind == "split":
+        return [token[: SPLIT[token]], token[SPLIT[token] :]]
     for entity, character in _ENTITIES.items():
         token = token.replace(entity, character)
     return [token.translate(_WRITTEN)]
