@@ -1,7 +1,8 @@
 """`vlm.load` and `vlm.save`: a model from any kind of checkpoint, and a folder that holds everything it needs.
 
 A model folder: `config.json` (family and architecture), `params.safetensors` (names are parameter paths), tokenizer
-and image settings, and `vlm_manifest.json` (SHA-256 of every file, written last).
+and image settings, and `vlm_manifest.json` (SHA-256 of every file, written last). A model that can go on being
+pretrained has `extra.safetensors` too: momentum teacher and queues.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from vlm.convert.layouts import detect
 from vlm.convert.rules import Rule, import_tensors
 from vlm.convert.torch_file import open_tensors
+from vlm.convert.transforms import resize_table
 from vlm.convert.views import TensorView, cast, from_array
 from vlm.convert.writer import Progress, new_folder, write_tensors
 from vlm.errors import UserError
@@ -33,7 +35,8 @@ from vlm.tokenizers.files import read_json
 from vlm.tree import flatten, unflatten
 
 FORMAT_VERSION = 1
-_CONFIG, _PARAMS = "config.json", "params"
+_CONFIG, _PARAMS, _EXTRA = "config.json", "params", "extra"
+_POSITIONS = ("vision/position_embedding", "teacher/vision/position_embedding")
 _TOKENIZER_FILES = ("*.model", "tokenizer.json", "vocab.txt", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
 _PROCESSOR_FILES = (*_TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json")
 
@@ -52,6 +55,7 @@ class OpenModel:
         origin: what was recognised, in words.
         notes: assumptions and warnings for the user.
         run: the training run or step directory to restore from.
+        extra: lazy arrays of a training state beside the parameters (teacher, queues), by path; of a run: none here.
     """
 
     family: Family
@@ -61,6 +65,7 @@ class OpenModel:
     origin: str
     notes: Sequence[str] = ()
     run: Path | None = None
+    extra: Mapping[str, TensorView] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -84,6 +89,7 @@ def load(
         dtype: "bfloat16" or "float32": stores the parameters and computes in it. Default: parameters as stored.
         verify: "full" compares the SHA-256 of every file of a model folder, "fast" only sizes.
         overrides: architecture values to change, e.g. {"vision.activation": "gelu"} (foreign checkpoints only).
+            "vision.image_size" resizes the position table (bicubic), of any checkpoint but a training run.
         ema: the averaged parameters of a training run.
 
     Returns:
@@ -127,12 +133,15 @@ def save_views(
     views: Mapping[str, TensorView],
     processor: Any = None,
     progress: Progress = lambda count: None,
+    extra: Mapping[str, TensorView] | None = None,
 ) -> None:
-    """`save` for lazy parameters: they are read, hashed and written block by block."""
+    """`save` for lazy parameters: they are read, hashed and written block by block; so is `extra` (see `OpenModel`)."""
     content = {"format_version": FORMAT_VERSION, "family": family.name, "model": plain(config)}
     leaves = {name: {"shape": list(view.shape), "dtype": str(view.dtype)} for name, view in views.items()}
     with new_folder(path) as folder:
         digests = write_tensors(folder, _PARAMS, views, progress=progress)
+        if extra:
+            digests |= write_tensors(folder, _EXTRA, extra, progress=progress)
         write_atomically(folder / _CONFIG, json.dumps(content, indent=2).encode())
         if processor is not None:
             processor.save(folder)
@@ -149,11 +158,55 @@ def open_model(path: str | Path, *, verify: Verify = "full", overrides: Mapping[
         return dataclasses.replace(opened, processor_folder=path / "tokenizer")
     is_run = path.is_dir() and _workdir(path) is not None
     config = _json_beside(path)
+    overrides = dict(overrides or {})
+    size = overrides.pop("vision.image_size", None)
     if is_run or "format_version" in config:
-        if overrides:
+        if overrides or (is_run and size is not None):
             raise UserError("overrides change how a foreign checkpoint is read; this is one of vlm's own")
-        return _open_run(path) if is_run else _open_folder(path, config, verify)
-    return _open_foreign(path, config, overrides)
+        opened = _open_run(path) if is_run else _open_folder(path, config, verify)
+    else:
+        opened = _open_foreign(path, config, overrides)
+    return opened if size is None else _resized(opened, size)
+
+
+def open_extra(path: str | Path) -> Mapping[str, TensorView] | None:
+    """Teacher and queues that a checkpoint keeps beside its parameters, lazily, by path; None where it has none.
+
+    Names are those of the training state's `extra`: "teacher/vision/...", "image_queue" [Q, D], "queue_index" ...
+
+    Raises:
+        UserError: see `load`.
+    """
+    opened = open_model(path, verify="fast")
+    return with_extra(opened).extra or None
+
+
+def with_extra(opened: OpenModel) -> OpenModel:
+    """The same, of a training run also with the lazy `extra` that its family keeps in model folders."""
+    if opened.run is None:
+        return opened
+    from vlm.checkpoint import lazy_params
+
+    kept = getattr(opened.family.weights, "EXTRA", ())
+    extra = lazy_params(opened.run, "extra") if kept else {}
+    extra = {path: view for path, view in extra.items() if path.split("/")[0] in kept}
+    return dataclasses.replace(opened, extra=extra)
+
+
+def _resized(opened: OpenModel, image_size: Any) -> OpenModel:
+    """The model for images of another size: its table of patch positions, and its teacher's, are resized."""
+    vision = getattr(opened.config, "vision", None)
+    if vision is None:
+        raise UserError("vision.image_size: this model has no vision tower")
+    if type(image_size) is not int or image_size < 1 or image_size % vision.patch_size:
+        raise UserError(f"vision.image_size: expected a multiple of patch_size={vision.patch_size}, found {image_size}")
+    config = dataclasses.replace(opened.config, vision=dataclasses.replace(vision, image_size=image_size))
+    side, prefix = image_size // vision.patch_size, int(vision.class_token)
+
+    def resized(views: Mapping[str, TensorView]) -> dict[str, TensorView]:
+        return {n: resize_table(view, side, prefix) if n in _POSITIONS else view for n, view in views.items()}
+
+    return dataclasses.replace(opened, config=config, params=resized(opened.params), extra=resized(opened.extra))
 
 
 def load_processor(opened: OpenModel) -> Any:
@@ -198,10 +251,14 @@ def _open_folder(path: Path, config: Mapping[str, Any], verify: Verify) -> OpenM
         raise UserError(f"{path}: format version {config['format_version']}, this release reads {FORMAT_VERSION}")
     family = get_family(str(config.get("family")))
     architecture = build(family.config_type, config.get("model", {}), "model")
-    index = path / f"{_PARAMS}.safetensors.index.json"
-    tensors = open_tensors(index if index.is_file() else path / f"{_PARAMS}.safetensors")
-    views = _fitted(tensors, family, architecture, str(path))
-    return OpenModel(family, architecture, views, path, "vlm model folder")
+    views = _fitted(_stored_tensors(path, _PARAMS), family, architecture, str(path))
+    extra = _stored_tensors(path, _EXTRA) if any(path.glob(f"{_EXTRA}*.safetensors")) else {}
+    return OpenModel(family, architecture, views, path, "vlm model folder", extra=extra)
+
+
+def _stored_tensors(folder: Path, stem: str) -> dict[str, TensorView]:
+    index = folder / f"{stem}.safetensors.index.json"
+    return open_tensors(index if index.is_file() else folder / f"{stem}.safetensors")
 
 
 def _workdir(path: Path) -> Path | None:
@@ -246,7 +303,8 @@ def _open_foreign(path: Path, config: Mapping[str, Any], overrides: Mapping[str,
         overrides=overrides,
     )
     folder = path if path.is_dir() else path.parent
-    return OpenModel(family, imported.config, imported.params, folder, imported.layout, imported.notes)
+    details = (imported.config, imported.params, folder, imported.layout, imported.notes)
+    return OpenModel(family, *details, extra=imported.extra)
 
 
 def _fitted(views: Mapping[str, TensorView], family: Family, config: Any, source: str) -> dict[str, TensorView]:

@@ -17,7 +17,7 @@ from vlm.errors import UserError
 from vlm.manifest import verify_manifest
 
 
-def lazy_params(path: str | Path) -> dict[str, TensorView]:
+def lazy_params(path: str | Path, part: str = "params") -> dict[str, TensorView]:
     """The parameters of a run by path, read when they are asked for and verified against their fingerprints.
 
     The leaf that was read last stays in memory until another is wanted, so whoever reads block by block should finish
@@ -25,6 +25,7 @@ def lazy_params(path: str | Path) -> dict[str, TensorView]:
 
     Args:
         path: a training workdir (its newest step) or a step directory.
+        part: of the training state: "params" or "extra".
 
     Raises:
         UserError: no checkpoint there, or a damaged one; on reading, the file or the leaf that is damaged.
@@ -39,8 +40,8 @@ def lazy_params(path: str | Path) -> dict[str, TensorView]:
             current[name] = _read(step, name, records[name])
         return current[name]
 
-    names = [name for name in records if name.startswith("params/")]
-    return {name.removeprefix("params/"): _view(name, records[name], whole) for name in names}
+    names = [name for name in records if name.startswith(f"{part}/")]
+    return {name.removeprefix(f"{part}/"): _view(name, records[name], whole) for name in names}
 
 
 def _view(name: str, record: dict[str, Any], whole: Callable[[str], np.ndarray]) -> TensorView:

@@ -1,12 +1,17 @@
-"""Converts checkpoints: `python -m vlm.convert SOURCE TARGET [--to=vlm|hf] [--dtype=bfloat16]`.
+"""Converts checkpoints: `python -m vlm.convert SOURCE TARGET [--to=vlm|hf|original] [--task=...] [--dtype=bfloat16]`.
 
 SOURCE is a model folder, a training workdir, a Hugging Face folder or an original .pth/.pt file; what it is follows
-from its files. TARGET is a new folder. Memory stays near the largest tensor, whatever the model's size;
-a training workdir to hf needs the model's size on disk once more while it runs.
+from its files. TARGET is a new folder; with --to=original, of a .pth file with its authors' names. Memory stays near
+the largest tensor, whatever the model's size; a training workdir to hf or original needs the model's size on disk once
+more while it runs.
 
     python -m vlm.convert BAAI/AltCLIP altclip                     # published weights to ours
     python -m vlm.convert altclip altclip_hf --to=hf               # and back, for transformers
     python -m vlm.convert CLIP_FOLDER new --text=XLMR_FOLDER       # a new AltCLIP from CLIP and XLM-R, to be trained
+    python -m vlm.convert model_base.pth start --task=vqa --image-size=480          # a pretrained BLIP for a task
+    python -m vlm.convert model_base.pth start --task=nlvr --random                 # and what it lacks at random
+
+Tasks of BLIP: caption, retrieval, vqa, nlvr, classification (--labels=N).
 """
 
 from __future__ import annotations
@@ -29,11 +34,13 @@ import numpy as np
 from tqdm import tqdm
 
 from vlm.convert.torch_file import open_tensors
+from vlm.convert.torch_writer import write_pth
 from vlm.convert.views import TensorView, cast
 from vlm.convert.writer import check_new_folder, new_folder, write_safetensors, write_tensors
 from vlm.errors import Parser, UserError, exit_on_user_error
 from vlm.manifest import write_atomically
 
+_EXTRA = "extra/"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -47,18 +54,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m vlm.convert", description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--to", choices=("vlm", "hf"), default="vlm", help="what to write (default: vlm)")
+    parser.add_argument("--to", choices=("vlm", "hf", "original"), default="vlm", help="what to write (default: vlm)")
     parser.add_argument("--dtype", choices=DTYPES, help="element type to write (default: as stored)")
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="take the text encoder from this model instead")
-    parser.add_argument("--seed", type=int, default=0, help="for weights that --text leaves to be initialised")
+    parser.add_argument("--task", help="the model that this task starts from, e.g. caption from a pretrained BLIP")
+    parser.add_argument("--labels", type=int, metavar="N", help="classes, for --task=classification")
+    parser.add_argument("--random", action="store_true", help="initialise what --task finds in no source")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="resize the position table for such images")
+    parser.add_argument("--seed", type=int, default=0, help="for weights that --text or --random initialise")
     parser.add_argument(
         "--override",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change an architecture value, e.g. vision.activation=gelu",
+        help="change an architecture value, e.g. vision.activation=gelu or text.num_heads=12",
     )
-    parser.add_argument("--drop", metavar="REGEX", help="leave out parameters whose path matches (--to=hf)")
+    parser.add_argument("--drop", metavar="REGEX", help="leave out parameters whose path matches (--to=hf, original)")
     return parser.parse_args(arguments)
 
 
@@ -70,25 +81,23 @@ def convert(options: argparse.Namespace) -> None:
     """
     from vlm.loading import load_processor, save_views
 
+    _check(options)
     started = time.perf_counter()
     check_new_folder(options.target)
     opened = _open(options)
-    views = dict(opened.params)
-    if options.dtype:
-        import jax.numpy as jnp
-
-        views = {name: cast(view, np.dtype(jnp.dtype(options.dtype))) for name, view in views.items()}
+    views, extra = (_typed(part, options.dtype) for part in (opened.params, opened.extra))
     for note in opened.notes:
         print(f"note: {note}")
     processor = load_processor(opened)
     if processor is None:
         print("note: no tokenizer and image settings beside the weights; the result has none")
-    total = sum(view.nbytes for view in views.values())
+    written = [*views.values(), *(extra.values() if options.to != "hf" else ())]
+    total = sum(view.nbytes for view in written)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
         if options.to == "vlm":
-            save_views(options.target, opened.family, opened.config, views, processor, bar.update)
+            save_views(options.target, opened.family, opened.config, views, processor, bar.update, extra)
         else:
-            _write_hf(options, dataclasses.replace(opened, params=views), processor, bar)
+            _write_foreign(options, dataclasses.replace(opened, params=views, extra=extra), processor, bar)
     count = sum(math.prod(view.shape) for view in views.values())
     seconds = time.perf_counter() - started
     print(
@@ -96,23 +105,57 @@ def convert(options: argparse.Namespace) -> None:
     )
 
 
-def _open(options: argparse.Namespace) -> Any:
-    from vlm.loading import expected_params, open_model
+def _check(options: argparse.Namespace) -> None:
+    """Refuses options that would have no effect."""
+    for name, needed in (("random", "task"), ("labels", "task")):
+        if getattr(options, name) and getattr(options, needed) is None:
+            raise UserError(f"--{name} has no effect without --{needed}")
+    if options.drop and options.to == "vlm":
+        raise UserError("--drop has no effect with --to=vlm")
 
-    opened = open_model(options.source, overrides=dict(map(_override, options.override)))
+
+def _typed(views: Mapping[str, TensorView], dtype: str | None) -> dict[str, TensorView]:
+    if dtype is None:
+        return dict(views)
+    import jax.numpy as jnp
+
+    whole = {name for name, view in views.items() if view.dtype.kind in "iub"}
+    target = np.dtype(jnp.dtype(dtype))
+    return {name: view if name in whole else cast(view, target) for name, view in views.items()}
+
+
+def _open(options: argparse.Namespace) -> Any:
+    from vlm.loading import expected_params, open_model, with_extra
+
+    overrides = dict(map(_override, options.override))
+    if options.image_size is not None:
+        overrides["vision.image_size"] = options.image_size
+    opened = with_extra(open_model(options.source, overrides=overrides))
     if opened.run is not None:
         from vlm.checkpoint import lazy_params
 
         opened = dataclasses.replace(opened, params=lazy_params(opened.run))
-    if options.text is None:
-        return opened
-    text = open_model(options.text)
-    if text.family is not opened.family or not hasattr(opened.family.weights, "assemble"):
-        raise UserError(f"--text: {opened.family.name} cannot take a text encoder from {text.family.name}")
     weights = opened.family.weights
-    parts = [weights.Imported(m.config, dict(m.params), m.origin, list(m.notes)) for m in (text, opened)]
-    built = weights.assemble(*parts, shapes=lambda c: expected_params(opened.family, c), seed=options.seed)
-    return dataclasses.replace(opened, config=built.config, params=built.params, origin=built.layout, notes=built.notes)
+
+    def imported(model: Any) -> Any:
+        return weights.Imported(model.config, dict(model.params), model.origin, list(model.notes), dict(model.extra))
+
+    def shapes(config: Any) -> Mapping[str, Any]:
+        return expected_params(opened.family, config)
+
+    built = imported(opened)
+    if options.text is not None:
+        text = open_model(options.text)
+        if text.family is not opened.family or not hasattr(weights, "assemble"):
+            raise UserError(f"--text: {opened.family.name} cannot take a text encoder from {text.family.name}")
+        built = weights.assemble(imported(text), built, shapes=shapes, seed=options.seed)
+    if options.task is not None:
+        if not hasattr(weights, "to_task"):
+            raise UserError(f"--task: {opened.family.name} has one kind of model only")
+        seed = options.seed if options.random else None
+        built = weights.to_task(built, options.task, shapes=shapes, num_labels=options.labels, seed=seed)
+    parts = {"config": built.config, "params": built.params, "origin": built.layout, "notes": built.notes}
+    return dataclasses.replace(opened, **parts, extra=built.extra)
 
 
 def _override(argument: str) -> tuple[str, Any]:
@@ -125,17 +168,32 @@ def _override(argument: str) -> tuple[str, Any]:
         return key, text
 
 
-def _write_hf(options: argparse.Namespace, opened: Any, processor: Any, bar: Any) -> None:
-    views = opened.params
+def _write_foreign(options: argparse.Namespace, opened: Any, processor: Any, bar: Any) -> None:
+    """Writes Hugging Face's format, or the authors' .pth file."""
+    weights, views, extra = opened.family.weights, opened.params, opened.extra
     if options.drop:
-        dropped = [name for name in views if re.fullmatch(options.drop, name)]
+        dropped = [name for name in (*views, *extra) if re.fullmatch(options.drop, name)]
         print(f"note: left out {', '.join(dropped) or 'nothing'}")
-        views = {name: view for name, view in views.items() if name not in dropped}
-        opened = dataclasses.replace(opened, config=opened.family.weights.without(opened.config, views))
-    with new_folder(options.target) as folder, _random_access(opened, views, options.target) as views:
-        tensors, config = opened.family.weights.write(opened.config, views)
-        write_tensors(folder, "model", tensors, metadata={"format": "pt"}, progress=bar.update)
-        write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
+        views, extra = ({n: view for n, view in part.items() if n not in dropped} for part in (views, extra))
+        opened = dataclasses.replace(opened, config=weights.without(opened.config, views), extra=extra)
+    if options.to == "original" and not hasattr(weights, "write_original"):
+        raise UserError(f"--to=original: {opened.family.name} is written for transformers only (--to=hf)")
+    if options.to == "hf" and opened.extra:
+        print(f"note: left out {', '.join(sorted({n.split('/')[0] for n in extra}))}: transformers has no place for it")
+        extra = {}
+    everything = {**views, **{f"{_EXTRA}{name}": view for name, view in extra.items()}}
+    with new_folder(options.target) as folder, _random_access(opened, everything, options.target) as found:
+        views = {name: view for name, view in found.items() if not name.startswith(_EXTRA)}
+        extra = {n.removeprefix(_EXTRA): view for n, view in found.items() if n.startswith(_EXTRA)}
+        if options.to == "original":
+            write_pth(folder / "model.pth", weights.write_original(opened.config, views, extra), progress=bar.update)
+        else:
+            notes: list[str] = []
+            tensors, config = weights.write(opened.config, views, notes)
+            for note in notes:
+                print(f"note: {note}")
+            write_tensors(folder, "model", tensors, metadata={"format": "pt"}, progress=bar.update)
+            write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
         if processor is not None:
             processor.save(folder)
 

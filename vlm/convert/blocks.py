@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vlm.convert.rules import Rule, prefixed
-from vlm.convert.transforms import PATCH_KERNEL, SPLIT_QKV, SPLIT_QKV_KERNEL, TRANSPOSE
+from vlm.convert.transforms import PATCH_KERNEL, SPLIT_QKV, SPLIT_QKV_KERNEL, TRANSPOSE, leading_ones
 
 
 def linear(foreign: str, ours: str) -> list[Rule]:
@@ -93,14 +93,62 @@ def open_clip_text() -> list[Rule]:
     ]
 
 
-def bert(*, layers: str = "(layer|layers)", pooler: bool = False) -> list[Rule]:
-    """HF's BERT, RoBERTa and XLM-R encoders; without `pooler`, pooler weights are known and ignored.
+def fused_vit(names: Mapping[str, str]) -> list[Rule]:
+    """A vision tower with q, k, v fused in `qkv`, class token [1, 1, E] and positions [1, 1 + P, E].
 
-    `layers` lists both spellings of the layers' name, the one to write first.
+    Args:
+        names: what timm's code calls the parts (the keys of `TIMM`) -> what this dialect calls them.
+    """
+    qkv = ("attention/query", "attention/key", "attention/value")
+    layer = [
+        Rule(f"{names['attn.qkv']}.weight", tuple(f"{name}/kernel" for name in qkv), SPLIT_QKV_KERNEL),
+        Rule(f"{names['attn.qkv']}.bias", tuple(f"{name}/bias" for name in qkv), SPLIT_QKV),
+        *_many({names["attn.proj"]: "attention/out", "mlp.fc1": "mlp/up", "mlp.fc2": "mlp/down"}),
+        *_many({names["norm1"]: "attention_norm", names["norm2"]: "mlp_norm"}, norm),
+    ]
+    return [
+        Rule(names["cls_token"], "class_embedding", leading_ones(2)),
+        Rule(names["pos_embed"], "position_embedding", leading_ones(1)),
+        Rule(f"{names['patch_embed.proj']}.weight", "patch_embedding/kernel", PATCH_KERNEL),
+        Rule(f"{names['patch_embed.proj']}.bias", "patch_embedding/bias"),
+        *prefixed(layer, f"{names['blocks']}.{{i}}.", "layers/"),
+        *norm(names["norm"], "output_norm"),
+    ]
+
+
+_PARTS = ("cls_token", "pos_embed", "patch_embed.proj", "blocks", "norm1", "attn.qkv", "attn.proj", "norm2", "norm")
+TIMM = {name: name for name in _PARTS}
+"""timm's own names, which the code of ALBEF, BLIP and LAVIS keeps."""
+HF_BLIP = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "blocks": "encoder.layers",
+    "norm1": "layer_norm1",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+    "norm2": "layer_norm2",
+    "norm": "post_layernorm",
+}
+"""Hugging Face's names for BLIP's vision tower."""
+
+
+def bert(
+    *, layers: str = "(layer|layers)", pooler: bool | None = False, more: Mapping[str, str] | None = None
+) -> list[Rule]:
+    """HF's BERT, RoBERTa and XLM-R encoders.
+
+    Args:
+        layers: both spellings of the layers' name, the one to write first.
+        pooler: False ignores pooler weights, None refuses them.
+        more: further linear maps and (by the name "LayerNorm") norms of a layer: foreign -> ours.
     """
     layer = {f"attention.self.{name}": f"attention/{name}" for name in ("query", "key", "value")}
     layer |= {"attention.output.dense": "attention/out", "intermediate.dense": "mlp/up", "output.dense": "mlp/down"}
     norms = {"attention.output.LayerNorm": "attention_norm", "output.LayerNorm": "mlp_norm"}
+    for foreign, ours in (more or {}).items():
+        (norms if foreign.endswith("LayerNorm") else layer)[foreign] = ours
+    poolers = {True: linear("pooler.dense", "pooler"), False: [Rule("pooler.*", None)], None: []}
     return [
         Rule("embeddings.word_embeddings.weight", "token_embedding/embedding"),
         Rule("embeddings.position_embeddings.weight", "position_embedding/embedding"),
@@ -108,7 +156,7 @@ def bert(*, layers: str = "(layer|layers)", pooler: bool = False) -> list[Rule]:
         *norm("embeddings.LayerNorm", "embedding_norm"),
         Rule("embeddings.(position_ids|token_type_ids)", None),
         *prefixed(_many(layer) + _many(norms, norm), f"encoder.{layers}.{{i}}.", "layers/"),
-        *(linear("pooler.dense", "pooler") if pooler else [Rule("pooler.*", None)]),
+        *poolers[pooler],
     ]
 
 

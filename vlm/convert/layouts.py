@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from vlm.convert.rules import Rule
+from vlm.convert.views import TensorView
 from vlm.errors import UserError
 from vlm.tree import listing
 
@@ -29,6 +31,25 @@ class Layout:
         """Whether tensors of these names have this layout."""
         names = list(names)
         return all(any(re.match(mark, name) for name in names) for mark in self.marks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A foreign checkpoint read as ours.
+
+    Attributes:
+        config: the architecture.
+        params: lazy parameters by path.
+        layout: the name of the layout that was found.
+        notes: what the reader should know: assumptions, precedence, warnings, initialised parameters.
+        extra: lazy arrays of a training state beside the parameters (teacher, queues), by path.
+    """
+
+    config: Any
+    params: dict[str, TensorView]
+    layout: str
+    notes: list[str]
+    extra: Mapping[str, TensorView] = dataclasses.field(default_factory=dict)
 
 
 def detect(layouts: Sequence[Layout], names: Iterable[str], source: str) -> Layout:

@@ -32,7 +32,7 @@ class Rule:
         ours: the parameter path, several for a transform with several results, or None: known and ignored.
         transform: the change of layout.
         duplicate: the same values stored again under a second name: fills the parameter when the first name is absent,
-            must equal it otherwise, and is not written.
+            must equal it otherwise, and is written only on request.
         layers: only these layer numbers, stacked in this order (default: 0, 1, 2 ... without a gap).
     """
 
@@ -77,7 +77,12 @@ def prefixed(rules: Iterable[Rule], foreign: str, ours: str) -> list[Rule]:
 
 
 def import_tensors(
-    tensors: Mapping[str, TensorView], rules: Sequence[Rule], target: Mapping[str, Any] | None, *, source: str
+    tensors: Mapping[str, TensorView],
+    rules: Sequence[Rule],
+    target: Mapping[str, Any] | None,
+    *,
+    source: str,
+    partial: bool = False,
 ) -> dict[str, TensorView]:
     """Maps foreign tensors to parameters, lazily: {path: view} with exactly the paths of `target`.
 
@@ -87,6 +92,7 @@ def import_tensors(
         target: anything with a `shape` by parameter path: what the architecture needs. None while the architecture is
             not known yet: whatever the tensors fill is returned, and duplicates are not compared.
         source: names the checkpoint and its layout in the error.
+        partial: returns what can be filled whatever else is wrong, for a second, strict call to report it all at once.
 
     Raises:
         UserError: unknown names, gaps between layers, parameters missing, filled twice or of another shape; duplicates
@@ -111,18 +117,19 @@ def import_tensors(
         _check_target(filled, target, rules, origin, problems)
     if target is not None and not problems:
         problems += [
-            f"{name} differs from {origin[path]}" for path, view, name in doubles if not _equal(view, filled[path])
+            f"{name} differs from {origin[path]}" for path, view, name in doubles if not equal(view, filled[path])
         ]
-    if problems:
+    if problems and not partial:
         more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise UserError(f"{source}: {len(problems)} problems: {'; '.join(problems[:MAX_LISTED])}{more}")
     return filled if target is None else {path: filled[path] for path in target}
 
 
 def export_tensors(
-    params: Mapping[str, TensorView], rules: Sequence[Rule], *, target: str = "export"
+    params: Mapping[str, TensorView], rules: Sequence[Rule], *, target: str = "export", duplicates: bool = False
 ) -> dict[str, TensorView]:
-    """The table backwards: {foreign name: view}, every parameter written exactly once.
+    """The table backwards: {foreign name: view}, every parameter written exactly once (and under the names of
+    `duplicate` rules again, on request).
 
     Raises:
         UserError: parameters that no rule writes, or only a part of what a fused tensor needs.
@@ -131,8 +138,9 @@ def export_tensors(
     done: set[str] = set()
     problems: list[str] = []
     for rule in rules:
-        present = [path for path in rule.paths if path in params and path not in done]
-        if rule.duplicate or not present:
+        again = rule.duplicate and duplicates
+        present = [path for path in rule.paths if path in params and (again or path not in done)]
+        if (rule.duplicate and not duplicates) or not present:
             continue
         if len(present) != len(rule.paths):
             problems.append(f"{rule.foreign} needs {', '.join(rule.paths)}, found only {', '.join(present)}")
@@ -214,8 +222,8 @@ def _check_target(
     problems += [f"{origin[path]} has no place in this architecture" for path in filled if path not in target]
 
 
-def _equal(a: TensorView, b: TensorView) -> bool:
-    """Byte equality, read in blocks of rows."""
+def equal(a: TensorView, b: TensorView) -> bool:
+    """Whether two lazy arrays have the same shape, type and bytes; they are read in blocks of rows."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.shape:

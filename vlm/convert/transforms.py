@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vlm.convert.views import Index, TensorView, concatenate, expand, narrow, permute, squeeze
+from vlm.convert.views import Index, TensorView, cast, concatenate, expand, narrow, permute, squeeze
+from vlm.errors import UserError
+from vlm.layers.positions import bicubic_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,31 @@ def then(first: Transform, second: Transform) -> Transform:
     return Transform(f"{first.name}+{second.name}", forward, backward)
 
 
+def resize_table(view: TensorView, side: int, prefix: int = 1) -> TensorView:
+    """A table of patch positions [prefix + P, E] for side x side patches: PyTorch's bicubic, as at the original's load.
+
+    The first `prefix` rows (class token) are kept; a table of that size is returned as it is.
+
+    Raises:
+        UserError: the table's patches are no square.
+    """
+    patches, width = view.shape[0] - prefix, view.shape[1]
+    old = math.isqrt(max(patches, 0))
+    if old * old != patches or not patches:
+        raise UserError(f"position table: expected {prefix} rows and a square of patches, found {view.shape[0]} rows")
+    if old == side:
+        return view
+    weights = bicubic_weights(old, side)
+
+    def fetch(index: Index) -> np.ndarray:
+        table = view.fetch((slice(0, view.shape[0]), index[1])).astype(np.float32)
+        square = table[prefix:].reshape(old, old, -1)
+        resized = np.einsum("rs,cd,sde->rce", weights, weights, square, optimize=True)
+        return np.concatenate([table[:prefix], resized.reshape(side * side, -1)])[index[0]].astype(view.dtype)
+
+    return TensorView((prefix + side * side, width), view.dtype, fetch)
+
+
 def _scalar_forward(view: TensorView) -> tuple[TensorView, ...]:
     _expect(view.size == 1, "a single number")
     return (squeeze(view, len(view.shape)),)
@@ -106,6 +133,19 @@ def _patch_kernel(channels: int) -> Transform:
     return Transform("patch_kernel", forward, backward)
 
 
+def _narrowed(view: TensorView) -> tuple[TensorView, ...]:
+    """int64 -> int32, which is what jax computes in."""
+    _expect(view.dtype.kind in "iu", "whole numbers")
+
+    def fetch(index: Index) -> np.ndarray:
+        values = view.fetch(index)
+        if values.size and not -(2**31) <= values.min() <= values.max() < 2**31:
+            raise UserError(f"whole numbers between {values.min()} and {values.max()} do not fit into 32 bits")
+        return values.astype(np.int32)
+
+    return (TensorView(view.shape, np.dtype(np.int32), fetch),)
+
+
 def _length(part: slice) -> int:
     return part.stop - part.start
 
@@ -122,3 +162,4 @@ PATCH_KERNEL = _patch_kernel(3)
 SCALAR = Transform("scalar", _scalar_forward, lambda views: views[0])
 SPLIT_QKV = split(3)
 SPLIT_QKV_KERNEL = then(SPLIT_QKV, TRANSPOSE)
+INT32 = Transform("int32", _narrowed, lambda views: cast(views[0], np.dtype(np.int64)))

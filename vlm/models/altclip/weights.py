@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlm.convert.blocks import bert, clip_text, clip_vit, linear, norm, open_clip_text, open_clip_vit, roberta_lm_head
-from vlm.convert.layouts import Layout, detect
+from vlm.convert.layouts import Imported, Layout, detect
 from vlm.convert.rules import Rule, export_tensors, import_tensors, prefixed
 from vlm.convert.transforms import SCALAR, TRANSPOSE
 from vlm.convert.views import TensorView, from_array
@@ -86,26 +86,9 @@ LAYOUTS = (
     Layout("AltCLIP or AltDiffusion text tower", (r"roberta\.", r"transformation\.weight"), _TEXT),
     Layout("CLIP (Hugging Face)", (r"(text_model\.)?embeddings\.token_embedding",), _CLIP),
     Layout("CLIP (OpenAI, OpenCLIP)", (r"visual\.conv1\.weight", r"visual\.transformer\."), _OPEN_CLIP),
-    Layout("CLIP vision tower (Hugging Face)", (r"(vision_model\.)?embeddings\.patch_embedding\.weight",), _VISION),
+    Layout("CLIP vision tower (Hugging Face)", (r"(vision_model\.)?encoder\.layers?\.0\.self_attn\.q_proj",), _VISION),
     Layout("XLM-R", (r"(roberta\.)?embeddings\.word_embeddings\.weight", r".*\.token_type_embeddings"), _XLMR),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Imported:
-    """A foreign checkpoint read as ours.
-
-    Attributes:
-        config: the architecture.
-        params: lazy parameters by path.
-        layout: the name of the layout that was found.
-        notes: what the reader should know: assumptions, precedence, warnings, initialised parameters.
-    """
-
-    config: AltCLIPConfig
-    params: dict[str, TensorView]
-    layout: str
-    notes: list[str]
 
 
 def read(
@@ -199,13 +182,16 @@ def without(config: AltCLIPConfig, params: Mapping[str, Any]) -> AltCLIPConfig:
     return dataclasses.replace(config, **kept, **towers, projection_dim=projection_dim)
 
 
-def write(config: AltCLIPConfig, params: Mapping[str, TensorView]) -> tuple[dict[str, TensorView], dict[str, Any]]:
+def write(
+    config: AltCLIPConfig, params: Mapping[str, TensorView], notes: list[str] | None = None
+) -> tuple[dict[str, TensorView], dict[str, Any]]:
     """Returns the tensors and the config.json that transformers loads: a joint model's names are those of its
-    4.x releases, which 5.x reads too.
+    4.x releases, which 5.x reads too. There is nothing to add to `notes`.
 
     Raises:
         UserError: no transformers class holds this combination of parts.
     """
+    del notes
     name = hf_class(config)
     tables = {
         "AltCLIPModel": _joint("roberta"),

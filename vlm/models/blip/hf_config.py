@@ -1,0 +1,230 @@
+"""Architecture of BLIP checkpoints: from Hugging Face's config.json, or from tensor shapes alone.
+
+Unknown keys are ignored; a class default stands in for a missing key, with one exception: the number of heads. The
+class default of the text tower, 8, is not what any published model has (12), shapes are the same with either, and
+files with the wrong number are in circulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlm.convert.views import TensorView
+from vlm.encoders.vit import ViTConfig
+from vlm.errors import UserError
+from vlm.fusion.med import MedConfig
+from vlm.models.blip.config import BLIPConfig
+from vlm.strict import build
+
+Json = Mapping[str, Any]
+Views = Mapping[str, TensorView]
+
+VISION = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "image_size": 384,
+    "patch_size": 16,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+}
+TEXT = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 512,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "bos_token_id": 30522,
+    "pad_token_id": 0,
+    "sep_token_id": 102,
+}
+_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu"}
+_ACTIVATIONS |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+TO_HF = {ours: foreign for foreign, ours in _ACTIVATIONS.items()}
+HEAD_DIM = 64
+_WIDTH, _WRONG_HEADS = 768, 8
+
+
+def architecture(
+    config: Json | None, views: Views, notes: list[str], *, hf: bool, overrides: Mapping[str, Any]
+) -> BLIPConfig:
+    """Returns the architecture of a checkpoint whose tensors, under our paths, are `views`.
+
+    Which parts exist follows from the tensors. Sizes follow from `config` where there is one (a disagreement with the
+    tensors is reported by the import), else from the tensors' shapes. What shapes do not tell depends on the format:
+    the authors' files mean epsilon 1e-6 in the vision tower and dropout 0.1, Hugging Face's 1e-5 and none, and only
+    the authors' models write [ENC] over the first token.
+
+    Args:
+        config: the parsed config.json, or None.
+        notes: receives a line for everything a reader of the result should know.
+        hf: whether the names are Hugging Face's.
+        overrides: "text.num_heads": value pairs, applied last.
+
+    Raises:
+        UserError: a value of a wrong type, an unknown activation, a head count that nothing tells, non-square images,
+            an override that does not exist.
+    """
+    config = config or {}
+    if hf and not config:
+        notes.append("no config.json: sizes from the tensors, heads of 64 and transformers' default epsilons assumed")
+    if not hf:
+        notes.append(".pth files do not store the number of attention heads: heads of 64 assumed (--override)")
+    text, vision = _section(config, "text"), _section(config, "vision")
+    parts: dict[str, Any] = {"vision": None, "text": None, "decoder": None}
+    if "vision/patch_embedding/kernel" in views:
+        parts["vision"] = _vision(vision, views, notes, hf, overrides)
+    for name in ("text", "decoder"):
+        if f"{name}/token_embedding/embedding" in views:
+            parts[name] = _stack(text, name, views, notes, hf, overrides)
+    parts |= _parts(views, config, hf)
+    for key, field in (("bos_token_id", "bos_id"), ("sep_token_id", "sep_id"), ("pad_token_id", "pad_id")):
+        parts[field] = TEXT[key] if text.get(key) is None else text[key]
+    for name, value in overrides.items():
+        section, _, field = name.rpartition(".")
+        if section and not isinstance(parts.get(section), dict):
+            raise UserError(f"override {name}: this checkpoint has no {section!r} section")
+        (parts[section] if section else parts)[field] = value
+    for name, kind in (("vision", ViTConfig), ("text", MedConfig), ("decoder", MedConfig)):
+        if parts[name] is not None:
+            _check_numbers(parts[name], f"model.{name}")
+            parts[name] = build(kind, parts[name], f"model.{name}")
+    return build(BLIPConfig, parts, "model")
+
+
+def _parts(views: Views, config: Json, hf: bool) -> dict[str, Any]:
+    """The parts beside the towers, as the tensors tell."""
+    projection, classes = views.get("vision_projection/kernel"), views.get("classifier/out/kernel")
+    average, merge = (views.get(f"text/{n}_layers/attention/query/kernel") for n in ("average", "merge"))
+    layers = [0 if view is None else view.shape[0] for view in (average, merge)]
+    scale = config.get("logit_scale_init_value", 2.6592)
+    return {
+        "shared_decoder": "text/layers/decoder_attention/query/kernel" in views,
+        "projection_dim": None if projection is None else projection.shape[-1],
+        "projection_bias": projection is None or "vision_projection/bias" in views,
+        "itm": "itm_head/kernel" in views,
+        "temperature": 0.07 if "temperature" in views else None,
+        "logit_scale_init": scale if "logit_scale" in views else None,
+        "num_labels": None if classes is None else classes.shape[-1],
+        "num_images": 2 if any(layers) else 1,
+        "average_layers": layers[0] if layers[0] != sum(layers) // 2 else None,
+        "encoder_token": "cls" if hf else "enc",
+        "tied_lm_head": "lm_head/kernel" not in views,
+    }
+
+
+def _section(config: Json, tower: str) -> dict[str, Any]:
+    """One tower's settings, of a whole model or standing alone; {} where the file does not say."""
+    nested = config.get(f"{tower}_config")
+    if not isinstance(nested, Mapping | None):
+        raise UserError(f"config.json: {tower}_config: expected a mapping, found {type(nested).__name__}")
+    if nested is None:
+        return dict(config) if config.get("model_type") == f"blip_{tower}_model" else {}
+    return dict(nested)
+
+
+def _vision(section: Json, views: Views, notes: list[str], hf: bool, overrides: Json) -> dict[str, Any]:
+    rows, width = views["vision/patch_embedding/kernel"].shape
+    layers, _, mlp = views["vision/layers/mlp/up/kernel"].shape
+    patch = math.isqrt(rows // 3)
+    side = math.isqrt(views["vision/position_embedding"].shape[0] - 1)
+    sizes = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
+    sizes |= {"patch_size": patch, "image_size": side * patch}
+    heads = _heads(section, width, "vision", notes, overrides)
+    section = {**VISION, **section} if section else VISION | sizes | ({} if hf else {"layer_norm_eps": 1e-6})
+    return {
+        "hidden_size": section["hidden_size"],
+        "num_layers": section["num_hidden_layers"],
+        "num_heads": heads,
+        "mlp_dim": section["intermediate_size"],
+        "image_size": _square(section["image_size"], "image_size"),
+        "patch_size": _square(section["patch_size"], "patch_size"),
+        "activation": _activation(section["hidden_act"]),
+        "norm_eps": section["layer_norm_eps"],
+        "patch_bias": "vision/patch_embedding/bias" in views,
+        "input_norm": False,
+        "output_norm": "all",
+        "attention_dropout_rate": section["attention_dropout"],
+        "init": "normal",
+    }
+
+
+def _stack(section: Json, name: str, views: Views, notes: list[str], hf: bool, overrides: Json) -> dict[str, Any]:
+    vocab, width = views[f"{name}/token_embedding/embedding"].shape
+    kinds = [n for n in ("layers", "average_layers", "merge_layers") if f"{name}/{n}/mlp/up/kernel" in views]
+    if not kinds:
+        raise UserError(f"the checkpoint has {name} embeddings, but no layers")
+    mlps = [views[f"{name}/{kind}/mlp/up/kernel"] for kind in kinds]
+    keys = [f"{name}/{kinds[0]}/cross_attention{end}/key/kernel" for end in ("", "_0")]
+    context = next((views[key].shape[-2] for key in keys if key in views), width)
+    sizes = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": mlps[0].shape[-1]}
+    sizes["num_hidden_layers"] = sum(mlp.shape[0] for mlp in mlps)
+    sizes["max_position_embeddings"] = views[f"{name}/position_embedding/embedding"].shape[0]
+    dropout = {"hidden_dropout_prob": 0.0 if hf else 0.1, "attention_probs_dropout_prob": 0.0 if hf else 0.1}
+    heads = _heads(section, width, name, notes, overrides)
+    section = {**TEXT, **section} if section else TEXT | sizes | dropout
+    return {
+        "vocab_size": section["vocab_size"],
+        "hidden_size": section["hidden_size"],
+        "num_layers": section["num_hidden_layers"],
+        "num_heads": heads,
+        "mlp_dim": section["intermediate_size"],
+        "max_length": section["max_position_embeddings"],
+        "context_size": context,
+        "pad_id": 0 if section["pad_token_id"] is None else section["pad_token_id"],
+        "activation": _activation(section["hidden_act"]),
+        "norm_eps": section["layer_norm_eps"],
+        "dropout_rate": section["hidden_dropout_prob"],
+        "attention_dropout_rate": section["attention_probs_dropout_prob"],
+        "pooler": f"{name}/pooler/kernel" in views,
+    }
+
+
+def _heads(section: Json, width: int, name: str, notes: list[str], overrides: Json) -> Any:
+    """The number of attention heads: what the file says, unless it says nothing or the known mistake."""
+    given, key = section.get("num_attention_heads"), f"{name}.num_heads"
+    if key in overrides:
+        return overrides[key]
+    wrong = given == _WRONG_HEADS and width == _WIDTH and name != "vision"
+    if given is not None and not wrong:
+        return given
+    if width % HEAD_DIM:
+        raise UserError(
+            f"{name}: nothing tells the number of attention heads of width {width}, and shapes are the same with any: "
+            f"give --override={key}=N"
+        )
+    heads = width // HEAD_DIM
+    if section:
+        found = "is missing" if given is None else f"is {given}, transformers' default"
+        notes.append(
+            f"warning: config.json: {name}: num_attention_heads {found}; heads of {HEAD_DIM} as in every published "
+            f"model, so {heads}, are used (--override={key}=N for another number)"
+        )
+    return heads
+
+
+def _square(value: Any, name: str) -> Any:
+    if isinstance(value, list) and len(set(value)) != 1:
+        raise UserError(f"config.json: vision {name}: expected a square, found {value}")
+    return value[0] if isinstance(value, list) else value
+
+
+def _check_numbers(section: Mapping[str, Any], where: str) -> None:
+    """Refuses sizes below one and rates that are no numbers before anything is computed with them."""
+    for name, value in section.items():
+        least = 0 if name.endswith(("_rate", "_eps", "_id")) else 1
+        if type(value) in (int, float) and not least <= value < 2**31:
+            raise UserError(f"config.{where}.{name}: expected a number of at least {least}, found {value}")
+
+
+def _activation(name: Any) -> str:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise UserError(f"config.json: hidden_act: expected one of {', '.join(_ACTIVATIONS)}, found {name!r}")
+    return _ACTIVATIONS[name]
