@@ -92,6 +92,55 @@ def group_ranks(
     return Ranks(ahead_of_image, image_to_text, None, text_image)
 
 
+def score_ranks(
+    image_to_text: Float[np.ndarray, "i t"], text_to_image: Float[np.ndarray, "t i"], text_image: Int[np.ndarray, " t"]
+) -> Ranks:
+    """Ranks by given scores, which may differ by direction: a shortlist of each query's best is scored anew.
+
+    What is not on a shortlist has one score below all others, and is placed last.
+
+    Raises:
+      ValueError: the shapes do not fit, a score is NaN, `text_image` does not name images, or an image has no text.
+    """
+    images, texts = image_to_text.shape
+    if text_to_image.shape != (texts, images):
+        raise ValueError(f"scores: expected [{texts}, {images}] from texts to images, found {text_to_image.shape}")
+    if np.isnan(image_to_text).any() or np.isnan(text_to_image).any():
+        raise ValueError("scores: expected numbers, found NaN")
+    _check(np.empty((images, 0)), np.empty((texts, 0)), text_image)
+    order = np.argsort(text_image, kind="stable")
+    bounds = np.searchsorted(text_image[order], np.arange(images + 1))
+    best, own_texts = np.empty(images, np.int64), np.empty(texts, np.int64)
+    for row, values in enumerate(image_to_text):
+        own = order[bounds[row] : bounds[row + 1]]
+        best[row], own_texts[own] = _own_places(np.asarray(values, np.float64), own)
+    right = text_to_image[np.arange(texts), text_image]
+    ahead = np.array([np.count_nonzero(row >= value) for row, value in zip(text_to_image, right, strict=True)]) - 1
+    return Ranks(ahead, best, own_texts, text_image)
+
+
+def list_ranks(
+    image_to_text: Sequence[Sequence[int]], text_to_image: Sequence[Sequence[int]], text_image: Int[np.ndarray, " t"]
+) -> Ranks:
+    """Ranks from lists of what each query found, best first; what a list lacks was not found at any place.
+
+    Args:
+      image_to_text: of every image, texts by number.
+      text_to_image: of every text, images by number.
+    """
+    nowhere = np.iinfo(np.int64).max
+    places = [{item: place for place, item in enumerate(row)} for row in text_to_image]
+    found = np.array([row.get(int(image), nowhere) for row, image in zip(places, text_image, strict=True)], np.int64)
+    own_texts = np.full(len(text_image), nowhere)
+    best = np.full(len(image_to_text), nowhere)
+    for image, row in enumerate(image_to_text):
+        for place, text in enumerate(row):
+            if text_image[text] == image:
+                own_texts[text] = place
+                best[image] = min(best[image], place)
+    return Ranks(found, best, own_texts, text_image)
+
+
 def recall(
     found: Ranks, ks: Sequence[int] = (1, 5, 10), image_weights: Float[np.ndarray, " i"] | None = None
 ) -> dict[str, float]:
