@@ -9,13 +9,17 @@ import pytest
 from PIL import Image
 
 from vlm.data.augment import AugmentSettings
+from vlm.data.batch import LoaderSettings
 from vlm.data.image import ImageSettings
+from vlm.data.loader import Loader
+from vlm.data.source import open_source
 from vlm.errors import UserError
 from vlm.models.blip.processor import LIMITS, Processor, ProcessorConfig
 from vlm.strict import build
 from vlm.tokenizers import load
 
-WORDS = [*"a picture of man , riding on horse fast two dogs left right image the is who ? 12 un ##der".split(), "cat"]
+VOCABULARY = "a picture of man , riding on horse fast two dogs left right image the is who ? 12 cat un ##der"
+WORDS = VOCABULARY.split(" ")
 SMALL = ImageSettings(16, None, mode="exact")
 
 
@@ -299,3 +303,25 @@ def test_a_configuration_opens_its_tokenizer(vocabulary):
     processor = Processor.from_config(build(ProcessorConfig, {"tokenizer": str(vocabulary)}, "processor"))
     assert processor.enc_id == 30523
     assert processor(texts=["a"])["tokens"].shape == (1, 30)
+
+
+def test_from_a_published_list_to_batches(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(png(picture(seed=ord(name))))
+    rows = [{"image": f"{n}.png", "caption": f"{c} dogs", "image_id": f"coco_{n}"} for n in "ba" for c in ("two", "a")]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    source = open_source({"kind": "json", "path": str(tmp_path / "train.json"), "number": "image_id"})
+    processor = make(tokenizer, "retrieval", augment=AugmentSettings((0.5, 1.0), flip=0.5, rand_augment=2))
+
+    def batches(seed):
+        with Loader([source], processor.example, LoaderSettings(4, seed, num_workers=2)).iterate() as loader:
+            return [next(loader) for _ in range(2)]
+
+    first, second = batches(0)
+    assert sorted(first["image_id"].tolist()) == [0, 0, 1, 1]
+    assert first["image"].shape == (4, 16, 16, 3)
+    for key, value in batches(0)[1].items():
+        np.testing.assert_array_equal(value, second[key])
+    order = [np.lexsort((batch["tokens"][:, 1], batch["image_id"])) for batch in (first, second)]
+    np.testing.assert_array_equal(first["tokens"][order[0]], second["tokens"][order[1]])
+    assert (first["image"][order[0]] != second["image"][order[1]]).any(axis=(1, 2, 3)).sum() >= 3

@@ -260,7 +260,7 @@ class Processor:
     def _open_ended(self, tokens: np.ndarray, mask: np.ndarray, padding: str) -> dict[str, np.ndarray]:
         """Removes the [SEP] that ends every row, and the column that this frees."""
         mask = mask & (np.arange(mask.shape[1]) < mask.sum(axis=1, keepdims=True) - 1)
-        tokens = np.where(mask, tokens, self._tokenizer().pad_id).astype(np.int32)
+        tokens = np.where(mask, tokens, self._tokenizer().pad_id or 0).astype(np.int32)
         longest = mask.shape[1] - (padding == "longest" and mask.shape[1] > 1)
         return {"tokens": tokens[:, :longest], "mask": mask[:, :longest]}
 

@@ -39,7 +39,7 @@ def answers(
     # Padding keeps one real token, so that attention always has something to look at.
     tokens = np.full((size, length), tokenizer.pad_id, np.int32)
     mask, weights = np.zeros((size, length), np.bool_), np.zeros(size, np.float32)
-    tokens[:, 0], mask[:, 0] = tokenizer.bos_id, True
+    tokens[:, 0], mask[:, 0] = tokenizer.bos_id or 0, True
     tokens[: len(kept)], mask[: len(kept)] = rows["tokens"], rows["mask"]
     weights[: len(kept)] = [count * one for _, count in kept]
     return {"answer_tokens": tokens, "answer_mask": mask, "answer_weights": weights}
