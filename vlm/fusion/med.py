@@ -25,10 +25,13 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm.encoders.output import EncoderOutput
 from vlm.layers.arrays import AnyArray
 from vlm.layers.attention import Attention, Mask
+from vlm.layers.cache import Cache, DecoderCache
+from vlm.layers.layout import unstacked_layers
 from vlm.layers.linear import Embedding, Linear, constrain
 from vlm.layers.masks import causal_mask, padding_mask
 from vlm.layers.mlp import MLP
 from vlm.layers.norms import LayerNorm
+from vlm.layers.positions import padded_positions
 from vlm.layers.transformer import LayerInput, LayerOutput, Remat, StackOutput, scan_layers
 
 Fuse = Literal["average", "merge"]
@@ -80,12 +83,15 @@ class MedLayer(nn.Module):
       shared_decoder: the layer has a second self-attention, for use as decoder; all else serves both.
       causal: it is used as decoder now.
       fuse: how the branches of two contexts become one: their "average" or a Linear map of both ("merge").
+      fused: the parameters are laid out for decoding (`layers.layout`). The layer then takes and gives a pair of
+        caches, self-attention's and cross-attention's; without caches it gives their keys and values.
     """
 
     config: MedConfig
     shared_decoder: bool = False
     causal: bool = False
     fuse: Fuse | None = None
+    fused: bool = False
     deterministic: bool = True
     output_hidden_states: bool = False
     output_attentions: bool = False
@@ -99,49 +105,52 @@ class MedLayer(nn.Module):
         context: Float[AnyArray, "b ... m c"] | None = None,
         context_mask: Bool[AnyArray, "b ... m"] | None = None,
     ) -> tuple[Float[Array, "b l e"], LayerOutput]:
-        del layer
+        caches = layer.cache or (None, None)
         hidden = constrain(jnp.asarray(hidden), "batch", "length", "embed_activation")
         names = ["attention", "decoder_attention"] if self.shared_decoder else ["attention"]
         used = names.pop(-1 if self.causal else 0)
         if self.is_initializing():
             for name in names:
-                self._self_attention(name, hidden, mask)
+                self._self_attention(name, hidden, mask, None)
             if context is None:
                 context = jnp.zeros((len(hidden), *((2,) if self.fuse else ()), 1, self.config.context_size))
-        hidden, weights = self._self_attention(used, hidden, mask)
-        cross_weights = None
-        if context is not None:
-            hidden, cross_weights = self._cross_attention(hidden, context, context_mask)
+        hidden, own, weights = self._self_attention(used, hidden, mask, caches[0])
+        cross_weights = cross = None
+        if context is not None or caches[1] is not None:
+            hidden, cross, cross_weights = self._cross_attention(hidden, context, context_mask, caches[1])
         config, dtype = self.config, hidden.dtype
         branch = MLP(config.mlp_dim, config.activation, dtype=dtype, name="mlp")(hidden)
         hidden = self._add("mlp_norm", hidden, branch)
-        return hidden, LayerOutput(hidden if self.output_hidden_states else None, weights, cross_weights)
+        states = hidden if self.output_hidden_states else None
+        return hidden, LayerOutput(states, weights, cross_weights, (own, cross) if self.fused else None)
 
-    def _self_attention(self, name: str, hidden: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array | None]:
-        branch, _, weights = self._attention(name)(
-            hidden, mask, deterministic=self.deterministic, output_attentions=self.output_attentions
+    def _self_attention(
+        self, name: str, hidden: jax.Array, mask: Mask, cache: Cache | None
+    ) -> tuple[jax.Array, Any, jax.Array | None]:
+        branch, state, weights = self._attention(name, self.fused)(
+            hidden, mask, cache=cache, deterministic=self.deterministic, output_attentions=self.output_attentions
         )
-        return self._add(f"{name}_norm", hidden, branch), weights
+        return self._add(f"{name}_norm", hidden, branch), state, weights
 
     def _cross_attention(
-        self, hidden: jax.Array, context: Any, context_mask: Any
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, hidden: jax.Array, context: Any, context_mask: Any, cache: Cache | None
+    ) -> tuple[jax.Array, Any, jax.Array | None]:
         """Reads the context, or two of them; the weights of two are stacked on an axis after the batch."""
 
-        def read(name: str, context: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-            branch, _, weights = self._attention(name)(
+        def read(name: str, context: Any, mask: Any) -> tuple[jax.Array, Any, jax.Array | None]:
+            return self._attention(name)(
                 hidden,
                 None if mask is None else padding_mask(mask),
                 context=context,
+                cache=cache,
                 deterministic=self.deterministic,
                 output_attentions=self.output_attentions,
             )
-            return branch, weights
 
         if self.fuse is None:
-            branch, weights = read("cross_attention", context, context_mask)
-            return self._add("cross_attention_norm", hidden, branch), weights
-        branches, pair = zip(
+            branch, state, weights = read("cross_attention", context, context_mask)
+            return self._add("cross_attention_norm", hidden, branch), state, weights
+        branches, _, pair = zip(
             *(
                 read(f"cross_attention_{i}", context[:, i], None if context_mask is None else context_mask[:, i])
                 for i in range(2)
@@ -154,15 +163,16 @@ class MedLayer(nn.Module):
         else:
             branch = (branches[0] + branches[1]) / 2
         weights = jnp.stack(pair, axis=1) if self.output_attentions else None
-        return self._add("cross_attention_norm", hidden, branch), weights
+        return self._add("cross_attention_norm", hidden, branch), None, weights
 
-    def _attention(self, name: str) -> Attention:
+    def _attention(self, name: str, fused: bool = False) -> Attention:
         config = self.config
         return Attention(
             config.num_heads,
             config.head_dim,
             dropout_rate=config.attention_dropout_rate,
             dtype=jnp.dtype(config.dtype),
+            fused=fused,
             name=name,
         )
 
@@ -179,11 +189,13 @@ class Med(nn.Module):
       shared_decoder: the stack is also the decoder, with a second self-attention in every layer and all else shared.
       average_layers: None for one context. With two (NLVR2), this many layers ("average_layers") average what they
         read from each; the rest ("merge_layers") map the concatenation.
+      decoding: the parameters are laid out for decoding (`layers.layout`); for `prefill` and `decode` only.
     """
 
     config: MedConfig
     shared_decoder: bool = False
     average_layers: int | None = None
+    decoding: bool = False
 
     def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
@@ -221,11 +233,8 @@ class Med(nn.Module):
           ValueError: a sequence longer than the position table, or a context of another width or rank.
         """
         self._check(tokens, context)
-        hidden = self.token_embedding(tokens)
-        if positions is None:
-            positions = jnp.arange(tokens.shape[1])[None]
-        hidden = self.embedding_norm(hidden + self.position_embedding(positions))
-        hidden = self.embedding_dropout(hidden, deterministic=deterministic)
+        positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+        hidden = self.embedding_dropout(self._embed(tokens, positions), deterministic=deterministic)
         visible = None if mask is None else padding_mask(mask)
         if causal:
             future = causal_mask(tokens.shape[1])
@@ -241,6 +250,39 @@ class Med(nn.Module):
         pooled = output.hidden[:, 0]
         pooled = jnp.tanh(self.pooler(pooled)) if self.config.pooler else pooled
         return EncoderOutput(output.hidden, pooled, output.hidden_states, output.attentions, output.cross_attentions)
+
+    def prefill(
+        self,
+        tokens: Int[AnyArray, "b l"],
+        mask: Bool[AnyArray, "b l"],
+        context: Float[AnyArray, "b m c"],
+        context_mask: Bool[AnyArray, "b m"] | None = None,
+    ) -> tuple[Float[Array, "b l e"], DecoderCache]:
+        """Runs a prompt, padded on either side; the context's keys and values are computed here, once."""
+        self._check(tokens, context)
+        visible = causal_mask(tokens.shape[1]) & padding_mask(mask)
+        hidden = self._embed(tokens, padded_positions(mask))
+        hidden, states = self._unstacked(hidden, (visible, context, context_mask))
+        constants = {"cross": tuple(Cache.constant(*pair) for _, pair in states), "mask": context_mask}
+        return hidden, DecoderCache.of_prompt(tuple(own for own, _ in states), jnp.asarray(mask), constants)
+
+    def decode(self, tokens: Int[AnyArray, "b n"], cache: DecoderCache) -> tuple[Float[Array, "b n e"], DecoderCache]:
+        """Runs the next token of the n rows of each example."""
+        following, visible, positions = cache.begin()
+        caches = tuple(zip(cache.layers, cache.constants["cross"], strict=True))
+        shared = (visible, None, cache.constants["mask"])
+        hidden, states = self._unstacked(self._embed(tokens, positions), shared, caches)
+        return hidden, dataclasses.replace(following, layers=tuple(own for own, _ in states))
+
+    @nn.compact
+    def _unstacked(self, hidden: jax.Array, shared: tuple[Any, ...], caches: Any = None) -> tuple[jax.Array, Any]:
+        config = self.config
+        block = partial(MedLayer, config=config, shared_decoder=self.shared_decoder, causal=True, fused=True)
+        hidden = constrain(hidden, "batch", "length", "embed_activation")
+        return unstacked_layers(block, config.num_layers, hidden, *shared, caches=caches)
+
+    def _embed(self, tokens: Any, positions: Any) -> jax.Array:
+        return self.embedding_norm(self.token_embedding(tokens) + self.position_embedding(positions))
 
     def _check(self, tokens: Any, context: Any) -> None:
         config = self.config

@@ -19,6 +19,7 @@ from vlm.layers.norms import normalise
 from vlm.losses import contrastive, cross_entropy
 from vlm.models.blip.config import BLIPConfig
 from vlm.models.blip.output import BLIPOutput
+from vlm.models.blip.writing import Writing
 
 Image = Float[AnyArray, "b ... h w 3"]  # pairs and videos have an axis after the batch
 Tokens = Int[AnyArray, "b ... l"]  # so have several texts [B, A, L] for each image
@@ -40,14 +41,17 @@ class Classifier(nn.Module):
         return Linear(self.num_labels, axes, dtype=dtype, name="out")(hidden)
 
 
-class BLIP(nn.Module):
+class BLIP(Writing, nn.Module):
     """The parts that the configuration names.
 
     Tokens start with [CLS]: the grounded encoder writes [ENC] over it (`encoder_token`), the decoder [DEC]. A row that
     starts with another token, and a vocabulary without the new one, are left as they are.
+
+    With `decoding`, the decoder's parameters are laid out for `prefill` and `decode` (`vlm.generation.prepare`).
     """
 
     config: BLIPConfig
+    decoding: bool = False
 
     def setup(self) -> None:
         config, text = self.config, self.config.text
@@ -56,9 +60,9 @@ class BLIP(nn.Module):
             layers = None
             if config.num_images == 2:
                 layers = text.num_layers // 2 if config.average_layers is None else config.average_layers
-            self.text = Med(text, config.shared_decoder, layers)
+            self.text = Med(text, config.shared_decoder, layers, self.decoding and config.shared_decoder)
         if config.decoder is not None:
-            self.decoder = Med(config.decoder)
+            self.decoder = Med(config.decoder, decoding=self.decoding)
         if config.generative is not None:
             stack = config.generative
             self.lm_head = LMHead(stack.vocab_size, stack.norm_eps, stack.activation, config.tied_lm_head, stack.dtype)
@@ -377,6 +381,7 @@ def _rows(tokens: Any, mask: Any, context: Any, context_mask: Any) -> tuple[Any,
 
 def _loss(logits: jax.Array, labels: Any) -> jax.Array:
     """Cross-entropy of classes [B, K], or of the token after each position [..., L, V]."""
+    labels = jnp.asarray(labels)
     if logits.ndim == 2:
         return cross_entropy(logits, labels)
     return cross_entropy(logits[..., :-1, :], labels[..., 1:])

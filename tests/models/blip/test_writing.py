@@ -1,0 +1,135 @@
+"""BLIP writes what Hugging Face's `generate` writes; its cached steps are its full forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import vlm
+from vlm.errors import UserError
+from vlm.generation import prepare
+from vlm.models.blip.model import BLIP
+
+PROMPTS = np.array([[58, 11, 12, 13], [58, 21, 22, 23], [58, 31, 32, 33]], np.int32)
+SETTINGS = [
+    {"max_new_tokens": 8},
+    {"max_new_tokens": 8, "num_beams": 3},
+    {"max_length": 12, "num_beams": 3, "min_length": 8, "length_penalty": 2.0, "num_return_sequences": 2},
+    {"max_new_tokens": 8, "num_beams": 2, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+]
+
+
+def _equal(found, expected):
+    expected = np.asarray(expected)
+    for row, length in enumerate(found.lengths):
+        np.testing.assert_array_equal(found.sequences[row, :length], expected[row, :length])
+        assert set(expected[row, length:]) <= {0, 2}
+
+
+@pytest.fixture(scope="module")
+def captioner(hf_pair):
+    reference, model, params = hf_pair("captioning")
+    return reference, model, prepare(model, params)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_captions_equal_hf(captioner, torch_image, settings):
+    reference, model, prepared = captioner
+    image, pixels = torch_image()
+    found = vlm.generate(model, prepared, {"image": image, "tokens": PROMPTS}, **settings)
+    ids = torch.tensor(np.pad(PROMPTS, ((0, 0), (0, 1)), constant_values=2)).long()  # theirs drops the last column
+    with torch.inference_mode():
+        expected = reference.generate(pixels, ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
+    _equal(found, expected)
+
+
+def test_unconditional_captions_equal_hf(captioner, torch_image):
+    reference, model, prepared = captioner
+    image, pixels = torch_image()
+    reference.decoder_input_ids = 58
+    with torch.inference_mode():
+        expected = reference.generate(pixels, num_beams=3, max_new_tokens=6)
+    found = vlm.generate(model, prepared, {"image": image}, num_beams=3, max_new_tokens=6)
+    assert (found.prompt_lengths == 1).all()
+    _equal(found, expected)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_answers_equal_hf(hf_pair, torch_image, num_beams):
+    reference, model, params = hf_pair("answering")
+    image, pixels = torch_image()
+    questions = np.array([[1, 11, 12, 2], [1, 21, 22, 2], [1, 31, 32, 2]], np.int32)
+    reference.decoder_start_token_id = 58
+    settings = {"num_beams": num_beams, "max_new_tokens": 6}
+    with torch.inference_mode():
+        expected = reference.generate(torch.tensor(questions).long(), pixels, **settings)
+    batch = {"image": image, "tokens": questions, "mask": questions != 0}
+    found = vlm.generate(model, params, batch, **settings)
+    _equal(found, expected)
+    wider = {
+        "image": image,
+        "tokens": np.pad(questions, ((0, 0), (0, 3))),
+        "mask": np.pad(questions, ((0, 0), (0, 3))) != 0,
+    }
+    np.testing.assert_array_equal(vlm.generate(model, params, wider, **settings).sequences, found.sequences)
+
+
+def test_rows_do_not_depend_on_the_batch_or_its_padding(captioner, torch_image):
+    _, model, prepared = captioner
+    image, _ = torch_image()
+    texts = [[1, 11, 2], [1, 21, 22, 23, 24, 2], [1, 31, 32, 33, 2]]  # with [CLS] and [SEP], as tokenizers write them
+    tokens = np.array([text + [0] * (9 - len(text)) for text in texts], np.int32)
+    for settings in ({"max_new_tokens": 6}, {"max_length": 11, "num_beams": 3}):
+        together = vlm.generate(model, prepared, {"image": image, "tokens": tokens, "mask": tokens != 0}, **settings)
+        for row, text in enumerate(texts):
+            alone = vlm.generate(
+                model, prepared, {"image": image[row : row + 1], "tokens": np.array([text])}, **settings
+            )
+            length = together.lengths[row]
+            assert alone.prompt_lengths == together.prompt_lengths[row] == len(text) - 1
+            np.testing.assert_array_equal(alone.sequences[0, :length], together.sequences[row, :length])
+            np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["captioning", "shared"])
+def test_cached_steps_equal_the_full_pass(hf_pair, torch_image, kind):
+    """Greedy tokens and their log-probabilities are those of one causal pass over the finished sequences."""
+    _, model, params = hf_pair("captioning")
+    image, _ = torch_image()
+    if kind == "shared":
+        import dataclasses
+
+        config = dataclasses.replace(model.config, text=model.config.decoder, decoder=None, shared_decoder=True)
+        model = BLIP(config)
+        import flax.linen as nn
+
+        params = nn.unbox(model.init(jax.random.key(0), image[:1], PROMPTS[:1]))["params"]
+        params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(1), x.shape), params)
+    found = vlm.generate(model, params, {"image": image, "tokens": PROMPTS}, max_new_tokens=7, log_probs=True)
+
+    def full(module, tokens):
+        states = module.encode_image_states(image).last_hidden_state
+        return jax.nn.log_softmax(module.decode_logits(tokens, None, states))
+
+    log_probs = jax.jit(lambda p, t: model.apply({"params": p}, t, method=full))(params, jnp.asarray(found.sequences))
+    for row, length in enumerate(found.lengths):
+        for step, position in enumerate(range(4, length)):
+            token = found.sequences[row, position]
+            assert token == log_probs[row, position - 1].argmax()
+            np.testing.assert_allclose(found.log_probs[row, step], log_probs[row, position - 1, token], atol=3e-5)
+
+
+def test_models_and_batches_that_cannot_write(hf_pair, torch_image):
+    image, _ = torch_image()
+    _, model, params = hf_pair("retrieval")
+    with pytest.raises(UserError, match="has no decoder"):
+        vlm.generate(model, params, {"image": image})
+    _, model, params = hf_pair("answering")
+    with pytest.raises(UserError, match="expected questions as tokens and mask, found image"):
+        vlm.generate(model, params, {"image": image})
+    _, model, params = hf_pair("captioning")
+    with pytest.raises(UserError, match="expected image, found tokens"):
+        vlm.generate(model, params, {"tokens": PROMPTS})
+    with pytest.raises(UserError, match="at most 20 tokens; asked for 24"):
+        vlm.generate(model, params, {"image": image, "tokens": PROMPTS}, max_new_tokens=20)
