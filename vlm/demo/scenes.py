@@ -1,0 +1,145 @@
+"""Scenes of two handwritten digits, with captions, questions and answers, in the files that BLIP's authors publish.
+
+    images/train_00000.png …                       24 × 24 pixels: one scan on the left, one on the right
+    caption_train.json, caption_test.json          [{"image", "caption", "image_id"}], test captions as lists
+    caption_test_gt.json                           the test captions as COCO annotations
+    vqa_train.json, vqa_test.json                  [{"question_id", "question", "answer": [...], "image", "dataset"}]
+    answer_list.json                               every answer
+    tokenizer/vocab.txt                            the words, after BERT's special tokens
+
+Training scenes are made of the scans that `prepare` trains on, test scenes of those it tests on: no writer's digit is
+in both. Answers are what one person would say ten times, as VQA's accuracy wants ten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.demo.prepare import load_scans, png, split
+
+SIZE, SCAN = 24, 8
+SCENES = {"train": 6000, "test": 500}
+NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+)  # fmt: skip
+PROMPT = "a picture of "
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+QUESTIONS_PER_SCENE = 3
+
+
+def prepare_scenes(folder: str | os.PathLike, seed: int = 0) -> Path:
+    """Writes the folder, whole or not at all; a folder that is there already is left as it is. Returns it."""
+    folder = Path(folder)
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        (draft / "images").mkdir(parents=True)
+        scans, labels = load_scans()
+        for number, (name, rows) in enumerate(split(labels, seed).items()):
+            _write_split(draft, name, scans[rows], labels[rows], np.random.default_rng((seed, 2, number)))
+        _write_json(draft / "answer_list.json", [*NUMBERS, "yes", "no"])
+        write_vocabulary(draft / "tokenizer")
+        os.rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def caption(left: int, right: int) -> str:
+    """What a scene shows."""
+    return f"{article(left)} {NUMBERS[left]} on the left and {article(right)} {NUMBERS[right]} on the right"
+
+
+def article(digit: int) -> str:
+    """The indefinite article of a digit's name."""
+    return "an" if digit == 8 else "a"
+
+
+def questions(left: int, right: int, named: int) -> list[tuple[str, str]]:
+    """Questions about a scene and their answers; `named` is the digit that one of them asks for."""
+    yes = {True: "yes", False: "no"}
+    return [
+        ("which digit is on the left?", NUMBERS[left]),
+        ("which digit is on the right?", NUMBERS[right]),
+        ("which digit is larger?", NUMBERS[max(left, right)]),
+        ("what is the sum of the digits?", NUMBERS[left + right]),
+        ("are the digits equal?", yes[left == right]),
+        (f"is there {article(named)} {NUMBERS[named]}?", yes[named in (left, right)]),
+    ]
+
+
+def scene(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Two scans uint8[8, 8] on white paper uint8[24, 24], one somewhere in the left half and one in the right half."""
+    paper = np.full((SIZE, SIZE), 255, np.uint8)
+    for half, scan in enumerate((left, right)):
+        column = half * SIZE // 2 + rng.integers(0, SIZE // 2 - SCAN + 1)
+        row = rng.integers(0, SIZE - SCAN + 1)
+        paper[row : row + SCAN, column : column + SCAN] = scan
+    return paper
+
+
+def write_vocabulary(folder: Path) -> None:
+    """Writes a BERT vocabulary of all words and characters that captions, questions and answers need."""
+    texts = [PROMPT, *NUMBERS]
+    for left in range(10):
+        for right in range(10):
+            texts += [caption(left, right), *(part for pair in questions(left, right, left) for part in pair)]
+    words = sorted({word for text in texts for word in text.replace("?", " ? ").split()})
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *words]) + "\n", encoding="utf-8")
+
+
+def vocabulary_size(folder: str | os.PathLike) -> int:
+    """Rows of the token embedding: the vocabulary with [DEC] and [ENC]."""
+    return len((Path(folder) / "vocab.txt").read_text(encoding="utf-8").split()) + 2
+
+
+def _write_split(folder: Path, name: str, scans: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> None:
+    captions: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
+    for number, (left, right) in enumerate(_pairs(labels, SCENES[name], rng)):
+        image = f"images/{name}_{number:05d}.png"
+        (folder / image).write_bytes(png(scene(scans[left], scans[right], rng)))
+        digits = int(labels[left]), int(labels[right])
+        text = caption(*digits)
+        captions.append({"image": image, "caption": text if name == "train" else [text], "image_id": number})
+        every = questions(*digits, _named(digits, rng))
+        for choice in sorted(rng.choice(len(every), QUESTIONS_PER_SCENE, replace=False)):
+            question, answer = every[choice]
+            row = {"question_id": len(asked), "question": question, "answer": [answer] * 10, "image": image}
+            asked.append(row | {"dataset": "vqa"})
+    _write_json(folder / f"caption_{name}.json", captions)
+    _write_json(folder / f"vqa_{name}.json", asked)
+    if name == "test":
+        images = [{"id": row["image_id"]} for row in captions]
+        rows = [{"id": i, "image_id": row["image_id"], "caption": row["caption"][0]} for i, row in enumerate(captions)]
+        _write_json(folder / f"caption_{name}_gt.json", {"images": images, "annotations": rows})
+
+
+def _pairs(labels: np.ndarray, count: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """Rows of `labels`; both digits are drawn evenly, so that no pair of digits is rarer than chance makes it."""
+    rows = [np.flatnonzero(labels == digit) for digit in range(10)]
+    for left, right in rng.integers(0, 10, (count, 2)):
+        yield int(rng.choice(rows[left])), int(rng.choice(rows[right]))
+
+
+def _named(digits: tuple[int, int], rng: np.random.Generator) -> int:
+    """A digit of the scene or, as often, one that is not in it."""
+    if rng.random() < 0.5:
+        return int(rng.choice(digits))
+    return int(rng.choice([digit for digit in range(10) if digit not in digits]))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
