@@ -10,7 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.spmd import RulesFallback
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
+
+from vlm.layers.arrays import AnyArray
 
 Initializer = Callable[..., Any]
 Dtype = Any
@@ -51,6 +54,35 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return cast(jax.Array, nn.with_logical_constraint(x, kept, fallback=RulesFallback.RAISE_ERROR))
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., I] times kernel [I, O].
+
+    Only its derivative differs from `jnp.dot`'s: the kernel's gradient is one product that yields [I, O] as it is
+    stored. Autodiff's own yields its transpose, for which CPUs copy the activations and run at half the speed.
+    """
+    return jnp.dot(x, kernel)
+
+
+def _matmul_forward(x: Any, kernel: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
+    """Keeps what the gradients of the differentiated operands need: a frozen kernel's input is not kept."""
+    kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    return jnp.dot(x.value, kernel.value), kept
+
+
+def _matmul_backward(kept: tuple[jax.Array | None, jax.Array | None], g: Any) -> tuple[Any, Any]:
+    x, kernel = kept
+    if isinstance(g, SymbolicZero):
+        return None, None
+    rows = tuple(range(g.ndim - 1))
+    into_x = None if kernel is None else jax.lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
+    into_kernel = None if x is None else jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+    return into_x, into_kernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias` on the last axis, with a 2-D kernel [in, out] whatever the caller reshapes it to.
 
@@ -68,9 +100,9 @@ class Linear(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    def __call__(self, x: Float[AnyArray, "*b i"]) -> Float[Array, "*b o"]:
         kernel = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             y = y + param(self, "bias", self.bias_init, (self.features,), self.axes[1:]).astype(self.dtype)
         return y
@@ -89,9 +121,9 @@ class Embedding(nn.Module):
         shape = (self.num_embeddings, self.features)
         self.embedding = param(self, "embedding", self.embedding_init, shape, self.axes)
 
-    def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b e"]:
+    def __call__(self, ids: Int[AnyArray, "*b"]) -> Float[Array, "*b e"]:
         return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
 
-    def attend(self, hidden: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
+    def attend(self, hidden: Float[AnyArray, "*b e"]) -> Float[Array, "*b v"]:
         """Scores `hidden` against every row of the table."""
         return jnp.dot(hidden.astype(self.dtype), self.embedding.astype(self.dtype).T)
