@@ -56,6 +56,7 @@ class OpenModel:
         notes: assumptions and warnings for the user.
         run: the training run or step directory to restore from.
         extra: lazy arrays of a training state beside the parameters (teacher, queues), by path; of a run: none here.
+        image_size: side of the images that the model was resized for, if it was.
     """
 
     family: Family
@@ -66,6 +67,7 @@ class OpenModel:
     notes: Sequence[str] = ()
     run: Path | None = None
     extra: Mapping[str, TensorView] = dataclasses.field(default_factory=dict)
+    image_size: int | None = None
 
 
 def load(
@@ -206,7 +208,8 @@ def _resized(opened: OpenModel, image_size: Any) -> OpenModel:
     def resized(views: Mapping[str, TensorView]) -> dict[str, TensorView]:
         return {n: resize_table(view, side, prefix) if n in _POSITIONS else view for n, view in views.items()}
 
-    return dataclasses.replace(opened, config=config, params=resized(opened.params), extra=resized(opened.extra))
+    parts = {"params": resized(opened.params), "extra": resized(opened.extra)}
+    return dataclasses.replace(opened, config=config, image_size=image_size, **parts)
 
 
 def load_processor(opened: OpenModel) -> Any:
@@ -218,7 +221,18 @@ def load_processor(opened: OpenModel) -> Any:
     limit = opened.family.weights.max_tokens(opened.config)
     if limit is not None:
         processor.max_length = min(processor.max_length, limit)
+    if opened.image_size is not None and processor.image_settings is not None:
+        processor.image_settings = _for_size(processor.image_settings, opened.image_size)
     return processor
+
+
+def _for_size(settings: Any, side: int) -> Any:
+    """Image settings for squares of another size; where they cut out a square, it keeps its share of the picture."""
+    size, crop = settings.size, settings.crop
+    if crop is None:
+        return dataclasses.replace(settings, size=side)
+    scaled = round(size * side / crop) if isinstance(size, int) and isinstance(crop, int) else side
+    return dataclasses.replace(settings, size=scaled if size is not None else None, crop=side)
 
 
 def expected_params(family: Family, config: Any) -> dict[str, Any]:

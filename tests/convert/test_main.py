@@ -65,6 +65,15 @@ def test_round_trip_through_ours_is_byte_identical(source, converted, tmp_path, 
     assert "AltCLIP (Hugging Face, FlagAI) -> vlm" in last and "parameters" in last
 
 
+def test_another_image_size_reaches_the_position_table_and_the_processor(converted, tmp_path):
+    main([str(converted), str(tmp_path / "larger"), "--image-size=24"])
+    model, params, processor = vlm.load(tmp_path / "larger")
+    assert model.config.vision.image_size == 24 and params["vision"]["position_embedding"].shape == (37, 24)
+    assert (processor.image_settings.size, processor.image_settings.crop) == (24, 24)
+    batch = processor(images=[Image.new("RGB", (40, 30))])
+    assert model.apply({"params": params}, batch["image"], method=model.encode_image).shape == (1, 10)
+
+
 def test_a_training_run_converts_leaf_by_leaf_to_the_same_bytes(converted, tmp_path, monkeypatch):
     _, params, _ = vlm.load(converted)
     run = tmp_path / "run"

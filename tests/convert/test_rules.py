@@ -82,6 +82,24 @@ def test_both_spellings_and_only_one_of_them():
     assert "blocks.1.fc1.weight and blocks.1.up.weight are the same parameter" in problems(tensors)
 
 
+def test_duplicates_are_written_on_request():
+    tensors = checkpoint()
+    tensors["head.weight"] = tensors["embed.weight"]
+    views = {name: from_array(array) for name, array in tensors.items()}
+    written = export_tensors(import_tensors(views, RULES, None, source="file"), RULES, duplicates=True)
+    assert written.keys() == tensors.keys() - {name for name in tensors if "ids" in name or "mask" in name}
+    np.testing.assert_array_equal(written["head.weight"].read(), tensors["embed.weight"])
+
+
+def test_what_can_be_filled_in_spite_of_problems():
+    views = {name: from_array(array) for name, array in checkpoint().items()} | {"stranger": from_array(random(2))}
+    del views["blocks.1.qkv.weight"]
+    filled = import_tensors(views, RULES, None, source="file", partial=True)
+    assert "layers/up" in filled and "layers/query" not in filled
+    with pytest.raises(UserError, match="2 problems: unknown tensor stranger; missing tensor blocks.1.qkv.weight"):
+        import_tensors(views, RULES, None, source="file")
+
+
 def test_a_duplicate_fills_in_and_is_compared():
     tensors = checkpoint()
     del tensors["embed.weight"]

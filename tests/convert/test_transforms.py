@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from vlm.convert import transforms as t
-from vlm.convert.views import from_array
+from vlm.convert.views import TensorView, from_array
+from vlm.errors import UserError
 
 rng = np.random.default_rng(0)
 
@@ -73,3 +75,36 @@ def test_leading_ones_accepts_vectors_as_they_are():
 def test_wrong_shapes_say_what_was_expected(transform, shape, message):
     with pytest.raises(ValueError, match=message):
         transform.forward(from_array(np.zeros(shape)))
+
+
+@pytest.mark.parametrize(("old", "new", "prefix"), [(3, 5, 1), (5, 3, 1), (4, 7, 0)])
+def test_a_resized_table_is_pytorchs_bicubic_and_lazy(old, new, prefix):
+    table = np.random.default_rng(0).normal(size=(prefix + old * old, 6)).astype(np.float32)
+    reads = []
+    view = TensorView(table.shape, table.dtype, lambda index: reads.append(index) or table[index])
+    resized = t.resize_table(view, new, prefix)
+    assert resized.shape == (prefix + new * new, 6) and not reads
+    square = torch.tensor(table[prefix:].reshape(1, old, old, 6)).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(square, (new, new), mode="bicubic", align_corners=False)
+    found = resized.read()
+    np.testing.assert_array_equal(found[:prefix], table[:prefix])
+    np.testing.assert_allclose(found[prefix:], expected[0].permute(1, 2, 0).reshape(-1, 6).numpy(), atol=1e-5)
+    np.testing.assert_array_equal(resized.read((slice(2, 4), slice(1, 3))), found[2:4, 1:3])
+    assert t.resize_table(view, old, prefix) is view
+
+
+def test_a_table_that_is_no_square_is_refused():
+    with pytest.raises(UserError, match="1 rows and a square of patches, found 9 rows"):
+        t.resize_table(from_array(np.zeros((9, 2), np.float32)), 4)
+
+
+def test_whole_numbers_become_32_bits_and_back():
+    array = np.array([-100, 2**31 - 1])
+    (view,) = t.INT32.forward(from_array(array))
+    assert view.read().dtype == np.int32 and view.read().tolist() == array.tolist()
+    back = t.INT32.backward([view])
+    assert back.dtype == np.int64 and back.read().tolist() == array.tolist()
+    with pytest.raises(UserError, match="do not fit into 32 bits"):
+        t.INT32.forward(from_array(array + 1))[0].read()
+    with pytest.raises(ValueError, match="whole numbers"):
+        t.INT32.forward(from_array(np.zeros(2)))

@@ -67,7 +67,7 @@ def write_pth(path: Path, tensors: Mapping[str, TensorView], *, progress: Progre
 def _blocks(view: TensorView) -> Iterator[memoryview]:
     """The tensor's bytes in C order."""
     for index in slices(view.shape, view.dtype.itemsize, BLOCK_BYTES):
-        yield memoryview(contiguous(view.read(index)).reshape(-1).view(np.uint8))
+        yield contiguous(view.read(index)).reshape(-1).view(np.uint8).data
 
 
 def _aligned(name: str, position: int, wide: bool) -> zipfile.ZipInfo:

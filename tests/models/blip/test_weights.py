@@ -101,9 +101,14 @@ def close(ours, theirs):
     np.testing.assert_allclose(np.asarray(ours), theirs.detach().numpy(), atol=2e-5, rtol=0)
 
 
+@functools.cache
+def compiled(config, method):
+    model = BLIP(config)
+    return jax.jit(lambda p, x: model.apply({"params": p}, **x, method=method))
+
+
 def outputs(imported, method=None, **inputs):
-    params, model = unflatten(values(imported.params)), BLIP(imported.config)
-    return jax.jit(lambda p, x: model.apply({"params": p}, **x, method=method))(params, inputs)
+    return compiled(imported.config, method)(unflatten(values(imported.params)), inputs)
 
 
 def torch_inputs():
@@ -300,11 +305,10 @@ def test_a_pretraining_file_is_one_encoder_and_a_second_self_attention(models, p
     ours = outputs(imported, BLIP.match, tokens=TOKENS, mask=MASK, context=states(models, "BlipForImageTextRetrieval"))
     with torch.no_grad():
         theirs = models["BlipForImageTextRetrieval"]
-        theirs.vision_model.post_layernorm.eps = 1e-5
         context = theirs.vision_model(torch_inputs()["pixel_values"]).last_hidden_state
         text = theirs.text_encoder(torch.tensor(TOKENS), torch.tensor(MASK), encoder_hidden_states=context)
         close(ours, theirs.itm_head(text.last_hidden_state[:, 0]))
-        decoder = transformers.BlipTextModel.base_model_prefix and models["BlipForConditionalGeneration"].text_decoder
+        decoder = models["BlipForConditionalGeneration"].text_decoder
         decoder = type(decoder)(decoder.config).eval()
         names = {k.removeprefix("text_decoder."): v for k, v in pretraining.items() if k.startswith("text_decoder.")}
         names.pop("bert.embeddings.position_ids")

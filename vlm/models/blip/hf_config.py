@@ -79,10 +79,10 @@ def architecture(
         notes.append(".pth files do not store the number of attention heads: heads of 64 assumed (--override)")
     text, vision = _section(config, "text"), _section(config, "vision")
     parts: dict[str, Any] = {"vision": None, "text": None, "decoder": None}
-    if "vision/patch_embedding/kernel" in views:
+    if _has(views, "vision"):
         parts["vision"] = _vision(vision, views, notes, hf, overrides)
     for name in ("text", "decoder"):
-        if f"{name}/token_embedding/embedding" in views:
+        if _has(views, name):
             parts[name] = _stack(text, name, views, notes, hf, overrides)
     parts |= _parts(views, config, hf)
     for key, field in (("bos_token_id", "bos_id"), ("sep_token_id", "sep_id"), ("pad_token_id", "pad_id")):
@@ -97,6 +97,10 @@ def architecture(
             _check_numbers(parts[name], f"model.{name}")
             parts[name] = build(kind, parts[name], f"model.{name}")
     return build(BLIPConfig, parts, "model")
+
+
+def _has(views: Views, part: str) -> bool:
+    return any(path.startswith(f"{part}/") for path in views)
 
 
 def _parts(views: Views, config: Json, hf: bool) -> dict[str, Any]:
@@ -121,13 +125,11 @@ def _parts(views: Views, config: Json, hf: bool) -> dict[str, Any]:
 
 
 def _section(config: Json, tower: str) -> dict[str, Any]:
-    """One tower's settings, of a whole model or standing alone; {} where the file does not say."""
+    """One tower's settings; {} where the file does not say."""
     nested = config.get(f"{tower}_config")
     if not isinstance(nested, Mapping | None):
         raise UserError(f"config.json: {tower}_config: expected a mapping, found {type(nested).__name__}")
-    if nested is None:
-        return dict(config) if config.get("model_type") == f"blip_{tower}_model" else {}
-    return dict(nested)
+    return dict(nested or {})
 
 
 def _vision(section: Json, views: Views, notes: list[str], hf: bool, overrides: Json) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The config.json with which transformers loads an exported BLIP model, whole or one tower."""
+"""The config.json with which transformers loads an exported BLIP model."""
 
 from __future__ import annotations
 

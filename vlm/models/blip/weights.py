@@ -2,7 +2,7 @@
 
 The authors' .pth files and LAVIS's, which have the same names: pretraining and retrieval (with momentum teacher and
 queues, which become the training state's `extra`), captioning, question answering, NLVR2, classification. Hugging
-Face's: BlipModel, BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval, and one tower.
+Face's: BlipModel, BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vlm.models.blip.transfer import TASKS, to_task
 
 __all__ = ["EXTRA", "HF_MODEL_TYPES", "LAYOUTS", "TASKS", "Imported", "max_tokens", "read", "to_task", "without"]
 
-HF_MODEL_TYPES = ("blip", "blip_text_model", "blip_vision_model")
+HF_MODEL_TYPES = ("blip",)
 EXTRA = ("teacher", "image_queue", "text_queue", "queue_index", "id_queue")
 """What a model folder keeps of a training state beside the parameters."""
 
@@ -164,8 +164,6 @@ def _table(name: str, own_kernel: bool = False, own_bias: bool = False, nlvr: tu
             Rule("visual_projection.weight", "vision_projection/kernel", TRANSPOSE),
             Rule("text_projection.weight", "text_projection/kernel", TRANSPOSE),
         ],
-        "BlipTextModel": lambda: _med("", "text/", pooler=True),
-        "BlipVisionModel": lambda: _vit(HF_BLIP, ""),
     }
     return tuple(tables[name]())
 
@@ -182,8 +180,6 @@ _MARKS = {
     "BlipForConditionalGeneration": (_HF, r"text_decoder\."),
     "BlipForImageTextRetrieval": (_HF, r"text_encoder\."),
     "BlipModel": (_HF, r"text_model\..*crossattention"),
-    "BlipTextModel": (r"encoder\.layer\.0\.crossattention\.",),
-    "BlipVisionModel": (r"encoder\.layers\.0\.self_attn\.qkv\.", r"embeddings\.patch_embedding"),
 }
 """The first that fits is it: what a layout's names must contain; what it adds to those below it stands first."""
 
