@@ -155,7 +155,11 @@ def host_pair(*arguments, devices=1):
         port = probe.getsockname()[1]
     flags = f"--coordinator=localhost:{port}", "--num_processes=2"
     hosts = [start(*arguments, *flags, f"--process_id={index}", devices=devices) for index in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in hosts]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in hosts]
+    finally:  # where one waits for the other
+        for process in hosts:
+            process.kill()
     return [(process.returncode, err) for process, err in zip(hosts, errors, strict=True)]
 
 
@@ -187,7 +191,7 @@ def test_two_processes_stop_when_the_first_cannot_write(tmp_path, data, name, me
 def test_a_full_disk_is_one_line_after_the_metrics(tmp_path, data):
     """A limit on the size of files stands for the disk: configuration and metrics fit, the checkpoint does not."""
     command = [sys.executable, str(ROOT / "train.py"), *arguments(data, tmp_path / "run", "--config.model.width=8192")]
-    limited = ["sh", "-c", 'ulimit -f 128; exec "$@"', "sh", *command]
+    limited = ["sh", "-c", 'ulimit -f 32; exec "$@"', "sh", *command]
     done = subprocess.run(limited, env=environment(1), capture_output=True, text=True, check=False)
     *progress, last = done.stderr.strip().splitlines()
     assert done.returncode == 2 and last.startswith("error: checkpoint of step 2 failed: File too large; there is no")

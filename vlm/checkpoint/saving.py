@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import threading
+import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,7 +73,8 @@ class Checkpoints:
         self._tested = False
         self._verified: dict[str, bool] = {}
         self._lock = steps.WriterLock(self.directory)
-        logging.get_absl_logger().addFilter(_ALREADY_RAISED)
+        for logger in (logging.get_absl_logger(), logging_module.getLogger("asyncio")):
+            logger.addFilter(_ALREADY_RAISED)
         if sys.unraisablehook is sys.__unraisablehook__:
             sys.unraisablehook = _without_late_writes
         # Weights hardly compress (7 %), and trying costs more than all verification: see benchmarks/checkpoint.py.
@@ -304,10 +306,17 @@ def _failure(step: int, error: BaseException, newest: int | None) -> UserError:
 
 
 class _AlreadyRaised(logging_module.Filter):
-    """Drops orbax's log records with tracebacks of errors: it raises them too, and they are reported once."""
+    """Drops log records with tracebacks of orbax's errors: it raises them too, and they are reported once.
+
+    It raises the first of several that failed together, and asyncio logs the others, as never retrieved.
+    """
 
     def filter(self, record: logging_module.LogRecord) -> bool:
-        return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+        if not record.exc_info:
+            return True
+        frames = traceback.walk_tb(record.exc_info[2])
+        files = [record.pathname, *(frame.f_code.co_filename for frame, _ in frames)]
+        return not any(f"{os.sep}orbax{os.sep}" in file for file in files)
 
 
 _ALREADY_RAISED = _AlreadyRaised()
