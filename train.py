@@ -137,7 +137,7 @@ def begin(
     if found is None:
         start = starting_weights(settings.init, placements, mesh)
         if jax.process_index() == 0 and start and (random := still_random(start, placements)):
-            print(f"not in the starting weights, so random: {random}", file=sys.stderr)
+            print(f"not in the starting weights, so as of a new run: {random}", file=sys.stderr)
         return init_state(init, placements, mesh, settings.train.seed, start)
     state, step, position = found
     if position.get("fingerprint") != fingerprint and not allow_change:

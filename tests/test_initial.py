@@ -45,6 +45,17 @@ def start(*entries):
     return initial.starting_weights([InitConfig(**entry) for entry in entries], placements(), mesh)
 
 
+def test_extra_takes_the_checkpoints_own_extra_state(opened, monkeypatch):
+    kept = {"pretrained": {"teacher/text/kernel": from_array(np.array([6.0])), "queue": from_array(np.zeros(3))}}
+    monkeypatch.setattr(initial, "open_extra", kept.get)
+    found = start({"path": "clip"}, {"path": "pretrained", "into": "extra", "include": "teacher/.*"})
+    assert float(found["extra/teacher/text/kernel"].read()[0]) == 6 and "extra/queue" not in found
+    with pytest.raises(UserError, match=r"config\.init\[0\]: the run has no place for extra/queue"):
+        start({"path": "pretrained", "into": "extra"})
+    with pytest.raises(UserError, match=r"config\.init\[0\]: clip keeps no extra state"):
+        start({"path": "clip", "into": "extra"})
+
+
 def test_later_entries_win_and_teachers_go_into_extra(opened):
     found = start(
         {"path": "clip", "include": "(vision|text)/.*"},

@@ -134,6 +134,11 @@ def test_wrong_settings(changes, message):
         (ScheduleConfig("linear", end_factor=0.5), [2, 1.75, 1.5, 1.125]),
         (ScheduleConfig("rsqrt", warmup_steps=1), [0, 2 / 2**0.5, 1, 2 / 7**0.5]),
         (ScheduleConfig("constant", warmup_steps=2, cooldown_steps=4), [0, 2, 2, 0.5]),
+        (ScheduleConfig("constant", warmup_steps=4, start_factor=0.5), [1, 1.5, 2, 2]),
+        (ScheduleConfig("linear", epoch_steps=4), [2, 2, 1, 1]),
+        (ScheduleConfig("cosine", epoch_steps=4, end_factor=0.5), [2, 2, 1.5, 1.5]),
+        (ScheduleConfig("exponential", epoch_steps=3, decay_rate=0.5, end_factor=0.375), [2, 2, 1, 0.75]),
+        (ScheduleConfig("exponential", 2, 0.25, epoch_steps=3, decay_rate=0.5), [0.5, 2, 1, 0.5]),
     ],
 )
 def test_schedules(schedule, expected):

@@ -9,10 +9,13 @@ from typing import Any
 import jax
 
 from vlm.errors import UserError, did_you_mean
-from vlm.loading import open_model
+from vlm.loading import open_extra, open_model
 from vlm.schema import InitConfig
 from vlm.sharding import Placement
 from vlm.tree import flatten, listing, unflatten
+
+EXTRA = "extra"
+"""Where an entry of `config.init` takes a checkpoint's own extra state, not its parameters."""
 
 
 def starting_weights(entries: Sequence[InitConfig], placements: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -41,13 +44,16 @@ def still_random(start: dict[str, Any], placements: Any) -> str:
 
 
 def _one(entry: InitConfig, name: str, targets: dict[str, Placement], mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    opened = open_model(entry.path)
+    opened = None if entry.into == EXTRA else open_model(entry.path)
+    offered = opened.params if opened is not None else open_extra(entry.path)
+    if not offered:
+        raise UserError(f"{name}: {entry.path} keeps no extra state (teacher, queues) beside its parameters")
     try:
-        wanted = [path for path in opened.params if re.fullmatch(entry.include, path)]
+        wanted = [path for path in offered if re.fullmatch(entry.include, path)]
     except re.error as error:
         raise UserError(f"{name}.include: {entry.include!r} is not a regular expression: {error}") from None
     if not wanted:
-        raise UserError(f"{name}.include: {entry.include!r} matches none of {listing(list(opened.params), 4)}")
+        raise UserError(f"{name}.include: {entry.include!r} matches none of {listing(list(offered), 4)}")
     places = {path: f"{entry.into}/{path}" for path in wanted}
     strangers = [place for place in places.values() if place not in targets]
     if strangers:
@@ -55,8 +61,8 @@ def _one(entry: InitConfig, name: str, targets: dict[str, Placement], mesh: jax.
             f"{name}: the run has no place for {listing(strangers, 4)}{did_you_mean(strangers[0], targets)} "
             "(select with `include`, direct with `into`)"
         )
-    if opened.run is None:
-        return {places[path]: opened.params[path] for path in wanted}
+    if opened is None or opened.run is None:
+        return {places[path]: offered[path] for path in wanted}
     return _from_run(opened, places, targets, mesh)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from vlm.errors import UserError
-from vlm.schema import GroupConfig, OptimizerConfig
+from vlm.schema import GroupConfig, OptimizerConfig, ScheduleConfig
 from vlm.tree import flatten, match_first, unflatten
 
 Params = dict[str, Any]
@@ -211,7 +211,7 @@ def _decoupled_decay(weights: Params) -> optax.GradientTransformation:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step (from 0) → learning rate; see `ScheduleConfig`. The first step of a warm-up has rate 0.
+    """Step (from 0) → learning rate; see `ScheduleConfig`. The first step of a warm-up has rate start_factor × peak.
 
     Raises:
       UserError: warm-up and cool-down together are longer than the run.
@@ -222,7 +222,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         raise UserError(
             f"config.optimizer.schedule: warmup_steps={warmup} and cooldown_steps={cooldown} exceed train.steps={steps}"
         )
-    rest = max(steps - warmup, 1)
+    rest, epoch = max(steps - warmup, 1), schedule.epoch_steps or 1
     if schedule.name == "cosine":
         main = optax.cosine_decay_schedule(peak, rest, schedule.end_factor)
     elif schedule.name == "linear":
@@ -230,12 +230,20 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     elif schedule.name == "rsqrt":
         timescale = max(warmup, 1)
         main = lambda step: peak * jnp.sqrt(timescale / (timescale + step))  # noqa: E731
+    elif schedule.name == "exponential":
+        main = lambda step: peak * _decayed(schedule, (step + warmup) // epoch)  # noqa: E731
     else:
         main = optax.constant_schedule(peak)
-    joined = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup]) if warmup else main
+    within = main if epoch == 1 or schedule.name == "exponential" else lambda step: main(step // epoch * epoch)
+    start = optax.linear_schedule(schedule.start_factor * peak, peak, warmup)
+    joined = optax.join_schedules([start, within], [warmup]) if warmup else within
     if not cooldown:
         return joined
     return lambda step: joined(step) * jnp.clip((steps - step) / cooldown, 0.0, 1.0)
+
+
+def _decayed(schedule: ScheduleConfig, epoch: jax.Array | int) -> jax.Array:
+    return jnp.maximum(jnp.float32(schedule.decay_rate) ** epoch, schedule.end_factor)
 
 
 def update_ema(ema: Params, params: Any, decay: float) -> Params:

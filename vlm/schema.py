@@ -78,7 +78,8 @@ class InitConfig:
 
     Attributes:
       path: any checkpoint that `vlm.load` reads.
-      into: where they go in the train state: "params", a subtree such as "params/vision", or "extra/teacher".
+      into: where they go in the train state: "params", a subtree such as "params/vision", or "extra/teacher". "extra"
+        takes what the checkpoint keeps beside its parameters (a momentum teacher, queues) in their place.
       include: regular expression of the checkpoint's parameter paths to take; each must exist in the target.
     """
 
@@ -89,23 +90,37 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate over steps: linear from 0 over `warmup_steps`, then `name` until the last step.
+    """Learning rate over steps: linear over `warmup_steps`, then `name` until the last step.
 
     Attributes:
       name: "constant"; "linear" or "cosine" decay to `end_factor` × peak at the last step; "rsqrt" falls with the
-        inverse square root of the step. With `warmup_steps == train.steps` the rate only ever rises.
+        inverse square root of the step; "exponential" is peak × decay_rate ^ epoch, never below `end_factor` × peak,
+        with epochs counted from the first step of the run. With `warmup_steps == train.steps` the rate only ever rises.
+      start_factor: the warm-up begins at start_factor × peak.
+      epoch_steps: length of an epoch. "linear" and "cosine" with it change at the start of every epoch only (of
+        those after the warm-up), "exponential" always.
       cooldown_steps: the last steps fall linearly to 0 ("constant" and "rsqrt" only).
     """
 
-    name: Literal["constant", "linear", "cosine", "rsqrt"] = "cosine"
+    name: Literal["constant", "linear", "cosine", "rsqrt", "exponential"] = "cosine"
     warmup_steps: int = 0
+    start_factor: float = 0.0
     end_factor: float = 0.0
+    epoch_steps: int | None = None
+    decay_rate: float = 1.0
     cooldown_steps: int = 0
 
     def __post_init__(self) -> None:
         _at_least(0, self, "warmup_steps", "end_factor", "cooldown_steps")
+        _at_least(1, self, "epoch_steps")
+        _share(self, "start_factor", "decay_rate")
         if self.cooldown_steps and self.name not in ("constant", "rsqrt"):
             raise ValueError(f"cooldown_steps: a {self.name} schedule has none, found {self.cooldown_steps}")
+        if self.epoch_steps and self.name not in ("linear", "cosine", "exponential"):
+            raise ValueError(f"epoch_steps: a {self.name} schedule has none, found {self.epoch_steps}")
+        exponential = self.name == "exponential"
+        if exponential != (self.decay_rate != 1.0) or (exponential and not self.epoch_steps):
+            raise ValueError("name: expected 'exponential' together with decay_rate and epoch_steps")
 
 
 @dataclass(frozen=True)

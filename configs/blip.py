@@ -1,0 +1,285 @@
+"""BLIP (Li et al. 2022, arXiv 2201.12086): pretraining and every task that it is fine-tuned for.
+
+    pretrain     python train.py --config=configs/blip.py:base                --workdir=runs/base
+    fine-tune    python train.py --config=configs/blip.py:base_retrieval_coco --workdir=runs/base_retrieval_coco
+    evaluate     python eval.py  --config=configs/blip.py:base_retrieval_coco --checkpoint=runs/base_retrieval_coco
+
+A variant is `base` (ViT-B/16) or `large` (ViT-L/16), and a task. Expected: paper, tables 5, 7, 8 and 9, of models that
+were pretrained on 129M images (base / large, or base).
+
+| variant              | starts from            | batch, hardware   | expected                                         |
+|----------------------|------------------------|-------------------|--------------------------------------------------|
+| `base`, `large`      | DeiT or ViT-L, BERT    | 2880, 32 GPUs     | as fine-tuned below                              |
+| `…_pretrain_code`    | the same               | 600, 8 GPUs       | the same recipe with the published code's numbers|
+| `…_retrieval_coco`   | pretrained             | 256, 8 GPUs       | text R@1 81.9 / 82.4, image R@1 64.3 / 65.1      |
+| `…_retrieval_flickr` | pretrained             | 256, 8 GPUs       | text R@1 97.3 / 97.4, image R@1 87.3 / 87.6      |
+| `…_caption`          | pretrained (CapFilt-L) | 256, 8 GPUs       | COCO BLEU@4 39.7 / 40.4, CIDEr 133.3 / 136.7     |
+| `…_vqa`              | pretrained (CapFilt-L) | 256, 16 GPUs      | VQAv2 test-dev 78.25, test-std 78.32             |
+| `…_nlvr`             | pretrained             | 256, 16 GPUs      | NLVR2 dev 82.48, test-P 83.08                    |
+| `…_classification`   | pretrained             | not published     | not published (SNLI-VE with LAVIS' classifier)   |
+| `…_dialog`           | pretrained             | 240               | VisDial v1.0 val MRR 69.41, R@1 56.44            |
+
+A task starts from a model of its own kind and image size, made once from a pretrained one, for example
+
+    python -m vlm.convert model_base.pth checkpoints/model_base_retrieval --task=retrieval --image-size=384
+    python -m vlm.convert model_base.pth checkpoints/model_base_nlvr --task=nlvr --image-size=384 --random
+
+(the dialog model from that for retrieval).
+
+Small ones, for two CPU cores: `tiny` (pretraining on the digits that `python -m vlm.demo --output=demo_output
+--data_only` prepares, seconds), `digits_caption` and `digits_vqa` (two-digit scenes, at least 90 % exact captions and
+answers in five minutes), and `nlvr_tiny` (below). `configs/blip.py:VARIANT,FOLDER` reads the data from FOLDER instead.
+
+Batch sizes are the paper's, over all devices. A group of `loss.group_size` rows is what one GPU held in the original:
+contrastive candidates and hard negatives of a row come from its group, further candidates from the queue.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+VIT_B = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
+VIT_L = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096, "drop_path_rate": 0.1}
+VIT = {
+    "patch_size": 16, "activation": "gelu", "norm_eps": 1e-6, "patch_bias": True, "input_norm": False,
+    "output_norm": "all", "init": "normal",
+}  # fmt: skip
+ALONE = {"shared_decoder": False, "projection_dim": None, "itm": False, "temperature": None}
+PARTS = {  # of each task's model, beside the image encoder; True: a text stack that reads the images
+    "pretrain": {"text": True},
+    "retrieval": {"text": True, "shared_decoder": False},
+    "caption": {**ALONE, "text": None, "decoder": True},
+    "vqa": {**ALONE, "text": True, "decoder": {}},
+    "nlvr": {**ALONE, "text": True, "num_labels": 2, "num_images": 2},
+    "classification": {**ALONE, "text": True, "num_labels": 3},
+    "dialog": {**ALONE, "text": True, "itm": True},
+}
+TASKS = ("pretrain", "pretrain_code", "retrieval_coco", "retrieval_flickr", *list(PARTS)[2:])
+EPOCH = {  # examples of one pass
+    "pretrain": 14_100_000 + 115_000_000 // 5,  # of LAION's 115 M images one fifth is seen in each epoch
+    "retrieval_coco": 566_747, "retrieval_flickr": 145_000, "caption": 566_747, "vqa": 1_380_000, "nlvr": 86_373,
+    "classification": 529_527, "dialog": 1_232_870,
+}  # fmt: skip
+
+
+def get_config(variant: str = "base") -> ConfigDict:
+    """Returns the configuration of one size and task."""
+    name, _, folder = variant.partition(",")
+    small = {"tiny": _tiny, "nlvr_tiny": _nlvr_tiny, "digits_caption": _digits_caption, "digits_vqa": _digits_vqa}
+    if name in small:
+        return small[name](folder)
+    size, _, task = name.partition("_")
+    if size not in ("base", "large") or task not in ("", *TASKS):
+        choices = ", ".join((*small, "base", "large", *(f"(base|large)_{task}" for task in TASKS)))
+        raise ValueError(f"unknown variant {name!r}; choose from {choices}")
+    return _finetune(size, task) if task in RECIPES else _pretrain(size, code=task == "pretrain_code")
+
+
+# ------------------------------------------------------------------------------------------------------------ published
+
+
+def _pretrain(size: str, code: bool) -> ConfigDict:
+    """Paper, section 4.1: AdamW, 20 epochs, warm-up to 3e-4 (ViT-L 2e-4), then × 0.85 per epoch; code: 3e-4 and × 0.9.
+
+    The published run used a random crop of 224 px; weight decay 0.05 on every parameter, biases and norms included;
+    no gradient clipping. The losses of the published log fall from itc 3.00, itm 0.34, lm 3.35 in the first epoch to
+    2.14, 0.17, 2.49 in the eighth. An itm that stays at 0.636 predicts the share of right pairs and nothing else.
+    """
+    config = _start(size, "pretrain", image_size=224, scale=(0.2, 1.0))
+    batch = 600 if code else 2880 if size == "base" else 2400
+    steps = EPOCH["pretrain"] // batch
+    peak = 3e-4 if code or size == "base" else 2e-4
+    config.loss = {"objective": "pretrain", "queue_size": 57_600, "momentum": 0.995, "alpha": 0.4}
+    config.loss.update({"alpha_steps": 2 * steps, "group_size": 75 if code or size == "large" else 90})
+    kinds = ("coco", "vg", "sbu", "cc3m", "cc12m", "laion")
+    config.data.sources = tuple({"kind": "json", "path": f"data/pretrain/{kind}.json"} for kind in kinds)
+    config.data.batch_size = batch
+    vision = "deit-base-patch16-224" if size == "base" else "vit-large-patch16-224-in21k"
+    config.init = (
+        {"path": f"checkpoints/{vision}", "include": "vision/.*"},
+        {"path": "checkpoints/bert-base-uncased", "include": "text/.*|lm_head/.*"},
+    )
+    schedule = {"name": "exponential", "decay_rate": 0.9 if code else 0.85, "epoch_steps": steps}
+    schedule |= {"warmup_steps": 3000, "start_factor": 1e-6 / peak, "end_factor": 1e-6 / peak}
+    config.optimizer = _adamw(peak, schedule)
+    config.train = {"steps": 20 * steps, "log_every": 50, "checkpoint_every": 2000}
+    return config
+
+
+RECIPES = {  # image size, batch, epochs, learning rate of base and large (paper, table 14 and the published code)
+    "retrieval_coco": (384, 256, 6, {"base": 1e-5, "large": 5e-6}),
+    "retrieval_flickr": (384, 256, 6, {"base": 1e-5, "large": 5e-6}),
+    "caption": (384, 256, 5, {"base": 1e-5, "large": 2e-6}),
+    "vqa": (480, 256, 10, {"base": 2e-5, "large": 2e-5}),
+    "nlvr": (384, 256, 15, {"base": 3e-5, "large": 3e-5}),
+    "classification": (384, 256, 10, {"base": 2e-5, "large": 2e-5}),
+    "dialog": (384, 240, 20, {"base": 2e-5, "large": 2e-5}),
+}
+OBJECTIVES = {"nlvr": "classification", "dialog": "matching"}
+
+
+def _finetune(size: str, task: str) -> ConfigDict:
+    """Paper, appendix A: AdamW with weight decay 0.05, no warm-up, a cosine that falls at the start of every epoch."""
+    image_size, batch, epochs, rates = RECIPES[task]
+    steps = EPOCH[task] // batch
+    kind = task.split("_")[0]
+    config = _start(size, kind, image_size=image_size, scale=(0.5, 1.0))
+    if kind in ("vqa", "nlvr"):
+        config.model.vision.drop_path_rate = 0.1
+    config.loss = {"objective": OBJECTIVES.get(kind, kind)}
+    if kind == "retrieval":
+        config.loss.update({"queue_size": 57_600, "alpha_steps": steps, "group_size": 32 if size == "base" else 16})
+        config.loss.all_negatives = task == "retrieval_coco"
+    if kind == "classification":
+        config.loss.update({"distill": True, "alpha_steps": steps})
+    pretrained = f"checkpoints/model_{size}{'_capfilt_large' if size == 'base' and kind in ('caption', 'vqa') else ''}"
+    config.init = _starts(pretrained, kind)
+    config.data.batch_size = batch
+    config.data.sources = SOURCES[task]
+    config.optimizer = _adamw(rates[size], {"name": "cosine", "epoch_steps": steps})
+    config.train = {"steps": epochs * steps, "log_every": 50, "checkpoint_every": steps}
+    return config
+
+
+def _starts(pretrained: str, kind: str) -> tuple:
+    """Weights made for the task; retrieval goes on with the teacher and the queues of pretraining."""
+    if kind == "retrieval":
+        return ({"path": f"{pretrained}_retrieval"}, {"path": f"{pretrained}_retrieval", "into": "extra"})
+    if kind == "dialog":
+        return ({"path": f"{pretrained}_retrieval", "include": r"(vision|text|itm_head)/.*"},)
+    return ({"path": f"{pretrained}_{kind}"},)
+
+
+SOURCES = {
+    "retrieval_coco": ({"kind": "json", "path": "data/coco/coco_karpathy_train.json", "number": "image_id"},),
+    "retrieval_flickr": ({"kind": "json", "path": "data/flickr30k/flickr30k_train.json", "number": "image_id"},),
+    "caption": ({"kind": "json", "path": "data/coco/coco_karpathy_train.json"},),
+    "vqa": tuple({"kind": "json", "path": f"data/vqa/{part}.json"} for part in ("vqa_train", "vqa_val", "vg_qa")),
+    "nlvr": ({"kind": "json", "path": "data/nlvr2/nlvr_train.json"},),
+    "classification": ({"kind": "jsonl", "path": "data/snli_ve/train.jsonl"},),
+    "dialog": ({"kind": "jsonl", "path": "data/visdial/train.jsonl"},),
+}
+
+
+def _start(size: str, task: str, image_size: int, scale: tuple[float, float]) -> ConfigDict:
+    """What all published variants share: architecture, picture pipeline, tokenizer."""
+    vision = {**VIT, **(VIT_B if size == "base" else VIT_L), "image_size": image_size}
+    parts = dict(PARTS[task])
+    for name in ("text", "decoder"):
+        if parts.get(name) is True:
+            parts[name] = {"context_size": vision["hidden_size"]}
+    config = ConfigDict({"family": "blip", "model": {"vision": vision, **parts}})
+    config.processor = {
+        "tokenizer": "checkpoints/bert-base-uncased",
+        "task": "classification" if task == "dialog" else task,
+        "image": {"size": image_size, "crop": None, "mode": "exact"},
+        "augment": {"scale": scale, "flip": 0.5, "rand_augment": 2},
+    }
+    config.data = {"num_workers": 16}
+    config.precision = {"compute": "bfloat16"}
+    config.remat = "dots"
+    return config
+
+
+def _adamw(lr: float, schedule: dict, **more: object) -> dict:
+    """The original's AdamW: decay on every parameter, the temperature kept in its range."""
+    rule = {"name": "adamw", "lr": lr, "schedule": schedule, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
+    return {**rule, "decay_exclude": (), "bounds": ((r"temperature", 0.001, 0.5),), **more}
+
+
+# ---------------------------------------------------------------------------------------------------------------- small
+
+SMALL = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "mlp_dim": 256}
+DRY = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+
+
+def _small(task: str, image_size: int, patch_size: int, vocab_size: int, max_length: int, width: dict) -> ConfigDict:
+    """A small model of one task for CPUs. [DEC] and [ENC] follow the vocabulary."""
+    size = width["hidden_size"]
+    stack = {**width, **DRY, "vocab_size": vocab_size + 2, "max_length": max_length, "context_size": size}
+    parts = dict(PARTS["classification" if task == "matching" else task])
+    if task == "matching":
+        parts |= {"num_labels": None, "itm": True}
+    parts |= {name: stack for name in ("text", "decoder") if parts.get(name) is not None}
+    parts |= {"projection_dim": 32} if task == "pretrain" else {}
+    ids = {"bos_id": vocab_size, "enc_id": vocab_size + 1}
+    vision = {**VIT, **width, "image_size": image_size, "patch_size": patch_size}
+    config = ConfigDict({"family": "blip", "model": {"vision": vision, **parts, **ids}})
+    config.loss = {"objective": task}
+    config.processor = {
+        "task": "classification" if task == "matching" else task,
+        "image": {"size": image_size, "crop": None, "mode": "exact"},
+        "max_length": max_length,
+    }
+    return config
+
+
+BERT_IDS = {"cls_id": 101, "sep_id": 102, "pad_id": 0}
+BERT_VOCAB = 30_522
+
+
+def _tiny(folder: str) -> ConfigDict:
+    """Pretraining on real handwritten digits and English captions; the whole step, small. Seconds on a CPU."""
+    folder = folder or "demo_output"
+    config = _small("pretrain", 16, 4, BERT_VOCAB, 16, SMALL)
+    config.model.update(BERT_IDS)
+    config.loss.update({"queue_size": 256, "alpha_steps": 20, "group_size": 16})
+    config.processor.tokenizer = f"{folder}/data/tokenizers/bert"
+    fields = {"image": "image", "text": "en"}
+    path = f"{folder}/data/digits/1.0.0"
+    config.data = {
+        "batch_size": 32,
+        "sources": ({"kind": "tfds", "path": path, "split": "train", "fields": fields},),
+    }
+    config.optimizer = _adamw(1e-3, {"name": "cosine", "warmup_steps": 5})
+    config.train = {"steps": 40, "log_every": 10}
+    return config
+
+
+def _nlvr_tiny(folder: str) -> ConfigDict:
+    """True or false: human sentences about 3,000 real NLVR scenes (Suhr et al. 2017), 20 minutes on two CPU cores.
+
+    python train.py --config=configs/blip.py:nlvr_tiny,../shared/data/nlvr --workdir=runs/nlvr_tiny
+
+    Each of 600 sentences is shown with five arrangements of its boxes; sentences from number 600 on of
+    `nlvr_dev_perm0.tar` are held out. The majority class is 55.3 % of them. FOLDER defaults to the environment variable
+    NLVR_DATA, then to data/nlvr; its `bert` file or the variable BERT_VOCAB names the English uncased vocabulary.
+    """
+    folder = folder or os.environ.get("NLVR_DATA", "data/nlvr")
+    width = {"hidden_size": 128, "num_layers": 3, "num_heads": 4, "mlp_dim": 512}
+    config = _small("matching", 96, 12, BERT_VOCAB, 40, width)
+    config.model.update(BERT_IDS)
+    config.processor.tokenizer = os.environ.get("BERT_VOCAB", "checkpoints/bert-base-uncased")
+    config.processor.augment = {"scale": (1.0, 1.0), "flip": 0.0}
+    fields = {"image": "png", "text": "json/sentence", "label": "json/label"}
+    config.data = {
+        "batch_size": 32,
+        "sources": ({"kind": "tar", "path": f"{folder}/nlvr_dev600_perm1to5.tar", "fields": fields},),
+    }
+    config.optimizer = _adamw(5e-4, {"name": "cosine", "warmup_steps": 200}, grad_clip_norm=1.0)
+    config.train = {"steps": 4000, "log_every": 100, "checkpoint_every": 1000}
+    return config
+
+
+def _digits_caption(folder: str) -> ConfigDict:
+    """Reads the number that a scene of two handwritten digits shows: at least 90 % of held-out captions are exact."""
+    return _scenes("caption", folder, {"image": "image", "text": "text"})
+
+
+def _digits_vqa(folder: str) -> ConfigDict:
+    """Answers questions about scenes of two handwritten digits: at least 90 % of held-out answers are right."""
+    return _scenes("vqa", folder, {"image": "image", "question": "question", "answer": "answer"})
+
+
+def _scenes(task: str, folder: str, fields: dict) -> ConfigDict:
+    folder = folder or "demo_output"
+    config = _small(task, 32, 4, BERT_VOCAB, 24, SMALL)
+    config.model.update(BERT_IDS)
+    config.processor.update({"tokenizer": f"{folder}/data/tokenizers/bert", "prompt": ""})
+    if task == "vqa":
+        config.processor.update({"max_answers": 1, "answer_length": 6, "single_answer_weight": 1.0})
+    path = f"{folder}/data/scenes/{task}_train.jsonl"
+    config.data = {"batch_size": 64, "sources": ({"kind": "jsonl", "path": path, "fields": fields},)}
+    config.optimizer = _adamw(1e-3, {"name": "cosine", "warmup_steps": 50}, grad_clip_norm=1.0)
+    config.train = {"steps": 1500, "log_every": 100}
+    return config
