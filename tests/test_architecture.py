@@ -15,7 +15,7 @@ SOURCES = sorted(
 
 # A module may import from its own layer's group and from lower layers only. First match wins.
 LAYERS: list[tuple[str, int]] = [
-    (r"vlm|vlm\.(demo|predict|precompute|plan|loading|initial|dry_run)(\..*)?", 7),
+    (r"vlm|vlm\.(demo|predict|score|precompute|plan|loading|initial|dry_run)(\..*)?", 7),
     (r"vlm\.(convert|checkpoint)\.__main__", 7),
     (r"(train|eval|configs)(\..*)?", 7),
     (r"vlm\.evaluation(\..*)?", 6),
@@ -28,7 +28,8 @@ LAYERS: list[tuple[str, int]] = [
 ]
 FLAX_LINEN = re.compile(r"vlm/(layers|encoders|fusion)/.*|vlm/models/[a-z]+/model\.py|vlm/sharding\.py")
 NO_JAX = re.compile(
-    r"vlm/(data|tokenizers)/.*|vlm/models/[a-z]+/processor\.py|vlm/(errors|manifest|config|schema|strict)\.py"
+    r"vlm/(data|tokenizers|evaluation/metrics)/.*|vlm/models/[a-z]+/processor\.py"
+    r"|vlm/(errors|manifest|config|schema|strict|score)\.py"
 )
 
 

@@ -6,17 +6,17 @@
     python -m vlm.score nlvr2     --results=R.csv  --annotations=test1.json
     python -m vlm.score retrieval --results=R.npz  --annotations=coco_karpathy_test.json
 
-captions: R is [{"image_id", "caption"}]. BLEU 1-4, ROUGE-L and CIDEr as fractions; --metrics adds METEOR and SPICE where
-Java is there. NoCaps files name each image's domain, which is scored by itself (in/cider, near/…, out/…) and together;
-several files, --annotations=NAME=FILE each, do the same.
+captions: R is [{"image_id", "caption"}]. BLEU 1-4, ROUGE-L and CIDEr as fractions; --metrics names others, METEOR and
+SPICE where Java is there. NoCaps files name each image's domain: each is scored by itself too (in/cider, near/cider,
+out/cider); several files, --annotations=NAME=FILE each, do the same.
 vqa: R is [{"question_id", "answer"}]. Accuracy in percent.
 nlvr2: R is identifier,True lines, or JSON. Accuracy and consistency as fractions.
 retrieval: R is an .npz with the scores `image_to_text` [images, texts] and `text_to_image` [texts, images] in the order
-of the annotations, or JSON {"image_to_text": {image: [texts, best first]}, "text_to_image": {text: [images]}}. Recall at
-1, 5 and 10 as fractions.
+of the annotations, or JSON {"image_to_text": {image: [texts, best first]}, "text_to_image": {text: [images]}}. Recall
+at 1, 5 and 10 as fractions.
 
-Every image, question or example must have exactly one result; --missing=empty counts what is missing as an empty answer,
---missing=skip scores what is there. The last line on standard output is one JSON object.
+Every image, question or example must have exactly one result; --missing=empty counts what is missing as an empty
+answer, --missing=skip scores what is there. The last line on standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,8 @@ Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 
 def _captions(options: argparse.Namespace) -> Outcome:
     chosen = options.metrics.split(",") if options.metrics else captions.DEFAULT
-    references: dict[Hashable, list[str]] = {}
-    domains: dict[Hashable, str] = {}
+    references: dict[Any, list[str]] = {}
+    domains: dict[Any, str] = {}
     for entry in options.annotations:
         name, path = _named(entry)
         found = files.caption_references(path, options.split)
@@ -130,16 +130,18 @@ def _vqa(options: argparse.Namespace) -> Outcome:
     if options.questions:
         questions = files.vqa_questions(Path(options.questions))
         _same(questions, annotations)
-    modes = {"answer_ids": options.answer_ids or "as_is", "normalise": options.normalise or "always"}
+    ids: vqa.AnswerIds = options.answer_ids or "as_is"
+    normalise: vqa.Normalise = options.normalise or "always"
     results = _covering(files.vqa_results(Path(options.results)), annotations, options, "question")
 
     def scored(answer_ids: vqa.AnswerIds) -> vqa.VqaScores:
-        return vqa.score(results, annotations, answer_ids=answer_ids, normalise_answers=modes["normalise"])
+        return vqa.score(results, annotations, answer_ids=answer_ids, normalise_answers=normalise)
 
-    found = scored(modes["answer_ids"])
-    metrics: dict[str, Any] = {"accuracy": found.accuracy, "unit": "percent", "n": len(results), **modes}
+    found = scored(ids)
+    metrics: dict[str, Any] = {"accuracy": found.accuracy, "unit": "percent", "n": len(results)}
+    metrics |= {"answer_ids": ids, "normalise": normalise}
     if vqa.ids_matter(annotations):
-        metrics |= {f"accuracy_{mode}": scored(mode).accuracy for mode in ("as_is", "distinct")}
+        metrics |= {f"accuracy_{mode}": scored(mode).accuracy for mode in vqa.ANSWER_IDS}
         print(
             "note: annotations without answer_id: equal answers count once (--answer_ids=as_is), or each (distinct)",
             file=sys.stderr,
@@ -232,20 +234,20 @@ def _named(entry: str) -> tuple[str, Path]:
 
 
 def _covering(
-    results: Mapping[Hashable, str], expected: Mapping[Hashable, Any], options: argparse.Namespace, what: str
-) -> dict[Hashable, str]:
+    results: Mapping[Any, str], expected: Mapping[Any, Any], options: argparse.Namespace, what: str
+) -> dict[Any, str]:
     """The results in the order of what is expected, and those missing as `--missing` says."""
     missing = options.missing or "error"
     _check_ids(results, expected, what, missing)
     return {key: results.get(key, "") for key in expected if key in results or missing == "empty"}
 
 
-def _check_ids(results: Iterable[Hashable], expected: Mapping[Hashable, Any], what: str, missing: str) -> None:
+def _check_ids(results: Iterable[Any], expected: Mapping[Any, Any], what: str, missing: str) -> None:
     results = dict.fromkeys(results)
     unknown = [key for key in results if key not in expected]
     if unknown:
         raise UserError(
-            f"--results: {len(unknown)} of {len(results)} {what} ids are not in the annotations, the first is {unknown[0]!r}"
+            f"--results: {len(unknown)} of {len(results)} {what} ids are not annotated, the first is {unknown[0]!r}"
         )
     absent = [key for key in expected if key not in results]
     if absent and (missing == "error" or len(absent) == len(expected)):
@@ -254,14 +256,12 @@ def _check_ids(results: Iterable[Hashable], expected: Mapping[Hashable, Any], wh
         )
 
 
-def _same(questions: Mapping[Hashable, Any], annotations: Mapping[Hashable, Any]) -> None:
+def _same(questions: Mapping[Any, Any], annotations: Mapping[Any, Any]) -> None:
     different = questions.keys() ^ annotations.keys()
     if different:
         key = next(iter(different))
         place = "questions" if key in questions else "annotations"
-        raise UserError(
-            f"--questions: {len(different)} questions differ from --annotations; {key!r} is in the {place} only"
-        )
+        raise UserError(f"--questions: {len(different)} ids differ from --annotations; {key!r} is in the {place} only")
 
 
 if __name__ == "__main__":

@@ -125,3 +125,38 @@ def test_memory_does_not_grow_with_the_matrix():
     assert time.monotonic() - began < 20
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < 0.8 * 2000 * 20_000 * 8  # the whole matrix in float64
+
+
+def test_ranks_from_scores_equal_ranks_from_embeddings():
+    rng = np.random.default_rng(1)
+    image, text = rng.integers(-1, 2, (9, 3)).astype(np.float64), rng.integers(-1, 2, (30, 3)).astype(np.float64)
+    text_image = np.concatenate([np.arange(9), rng.integers(0, 9, 21)])
+    expected, found = (
+        retrieval.ranks(image, text, text_image),
+        retrieval.score_ranks(image @ text.T, text @ image.T, text_image),
+    )
+    for name in ("text_to_image", "image_to_text", "own_texts"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+def test_what_is_not_on_the_shortlist_comes_last():
+    text_image = np.array([0, 0, 1])
+    image_to_text = np.array([[-100, -100, 3.0], [-100, 2.0, 1.0]])
+    text_to_image = np.array([[1.0, 2.0], [2.0, 1.0], [-100, -100]])
+    found = retrieval.score_ranks(image_to_text, text_to_image, text_image)
+    np.testing.assert_array_equal(found.text_to_image, [1, 0, 1])
+    np.testing.assert_array_equal(found.image_to_text, [1, 1])
+    with pytest.raises(ValueError, match=r"expected \[3, 2\] from texts to images, found \(2, 3\)"):
+        retrieval.score_ranks(image_to_text, text_to_image.T, text_image)
+    with pytest.raises(ValueError, match="NaN"):
+        retrieval.score_ranks(image_to_text * np.nan, text_to_image, text_image)
+
+
+def test_ranks_from_lists():
+    found = retrieval.list_ranks([[2, 1], [2, 0, 1]], [[0, 1], [1, 0], []], np.array([0, 0, 1]))
+    np.testing.assert_array_equal(found.text_to_image[:2], [0, 1])
+    np.testing.assert_array_equal(found.image_to_text, [1, 0])
+    metrics = retrieval.recall(found, (1, 2))
+    assert metrics["text_to_image_recall@1"] == pytest.approx(1 / 3)
+    assert metrics["text_to_image_recall@2"] == pytest.approx(2 / 3)  # a list without the image never finds it
+    assert metrics["image_to_text_true_recall@2"] == pytest.approx((1 / 2 + 1) / 2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -31,12 +32,12 @@ class CaptionScores:
 
     metrics: dict[str, float]
     per_image: dict[str, Float[np.ndarray, " i"]]
-    ids: tuple[Hashable, ...]
+    ids: tuple[Any, ...]
 
 
 def score(
-    captions: Mapping[Hashable, str],
-    references: Mapping[Hashable, Sequence[str]],
+    captions: Mapping[Any, str],
+    references: Mapping[Any, Sequence[str]],
     metrics: Sequence[str] = DEFAULT,
 ) -> CaptionScores:
     """Scores one caption per image against its references; the images are those of `captions`.
@@ -75,9 +76,9 @@ def score(
 
 
 def score_domains(
-    captions: Mapping[Hashable, str],
-    references: Mapping[Hashable, Sequence[str]],
-    domains: Mapping[Hashable, str],
+    captions: Mapping[Any, str],
+    references: Mapping[Any, Sequence[str]],
+    domains: Mapping[Any, str],
     metrics: Sequence[str] = DEFAULT,
 ) -> dict[str, CaptionScores]:
     """Scores each domain by itself and all together, as NoCaps reports.

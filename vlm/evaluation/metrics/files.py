@@ -139,21 +139,22 @@ def nlvr2_labels(path: Path) -> dict[str, bool]:
 
 
 def nlvr2_predictions(path: Path) -> dict[str, bool]:
-    """Reads predictions: the official CSV `identifier,True`, or JSON, a list or lines with `identifier`, `prediction`.
+    """Reads predictions: the official CSV `identifier,True`, or JSON: `identifier` and `prediction` in a list or lines.
 
     Raises:
       UserError: another format, a prediction that is not true or false, or an identifier twice.
     """
     found: dict[str, bool] = {}
-    if path.suffix in (".json", ".jsonl"):
-        content = _lines(path) if path.suffix == ".jsonl" else _records(read_json(path), path, "identifier")
-        for where, record in content:
+    data = _read(path)
+    first = data.lstrip()[:1]
+    if first in (b"[", b"{"):
+        for where, record in _lines(path) if first == b"{" else _records(parse_json(data, str(path)), path):
             value = record.get("prediction", record.get("label"))
             if "identifier" not in record or value is None:
                 raise UserError(f"{where}: expected 'identifier' and 'prediction', found {', '.join(record)}")
             _add(found, str(record["identifier"]), _truth(value, where), where)
         return found
-    for number, line in enumerate(_read(path).decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
         where = f"{path}: line {number}"
         parts = [part.strip() for part in line.split(",")]
         if not line.strip() or parts[:2] == ["identifier", "prediction"]:
@@ -167,8 +168,8 @@ def nlvr2_predictions(path: Path) -> dict[str, bool]:
 def retrieval_texts(path: Path, split: str | None = None) -> RetrievalTexts:
     """Reads which texts belong to which image.
 
-    Formats: lists of `{"image", "caption": [...]}` (images called by `image`, texts by their number), Karpathy's original
-    (`imgid`, `sentid`), COCO (`id` of images and annotations).
+    Formats: lists of `{"image", "caption": [...]}` (images called by `image`, texts by their number), Karpathy's
+    original (`imgid`, `sentid`), COCO (`id` of images and annotations).
 
     Raises:
       UserError: as `caption_references`.

@@ -17,13 +17,15 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from vlm.errors import UserError
 
 Normalise = Literal["always", "disagreement"]
 AnswerIds = Literal["as_is", "distinct"]
+ANSWER_IDS: tuple[AnswerIds, ...] = ("as_is", "distinct")
+DIGITS = 4  # of a percentage, as rounded by the official tool
 
 _ONE_APOSTROPHE = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
 how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
@@ -57,7 +59,7 @@ _MOST_PERIODS = 32  # a flag that the official code passes where the number of r
 
 @dataclasses.dataclass(frozen=True)
 class VqaScores:
-    """Accuracies in percent, as the official tool reports them (it rounds to two decimals).
+    """Accuracies in percent, rounded as the official tool does.
 
     Attributes:
       accuracy: mean over the questions.
@@ -67,7 +69,7 @@ class VqaScores:
     """
 
     accuracy: float
-    per_question: dict[Hashable, float]
+    per_question: dict[Any, float]
     per_answer_type: dict[str, float]
     per_question_type: dict[str, float]
 
@@ -117,8 +119,8 @@ def accuracy(
 
 
 def score(
-    answers: Mapping[Hashable, str],
-    annotations: Mapping[Hashable, Mapping[str, Any]],
+    answers: Mapping[Any, str],
+    annotations: Mapping[Any, Mapping[str, Any]],
     *,
     normalise_answers: Normalise = "always",
     answer_ids: AnswerIds = "as_is",
@@ -146,13 +148,13 @@ def score(
     }
     return VqaScores(
         _percent(list(each.values())),
-        {question: 100 * value for question, value in each.items()},
+        {question: round(100 * value, DIGITS) for question, value in each.items()},
         _by_type(each, annotations, "answer_type", "other"),
         _by_type(each, annotations, "question_type", None),
     )
 
 
-def ids_matter(annotations: Mapping[Hashable, Mapping[str, Any]]) -> bool:
+def ids_matter(annotations: Mapping[Any, Mapping[str, Any]]) -> bool:
     """Whether the annotations lack `answer_id`s, so that the two modes of counting annotators differ."""
     return any(not _told_apart(record["answers"]) for record in annotations.values())
 
@@ -167,12 +169,12 @@ def _told_apart(annotated: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _percent(values: Sequence[float]) -> float:
-    return 100 * float(sum(values)) / len(values)
+    return round(100 * float(sum(values)) / len(values), DIGITS)
 
 
 def _by_type(
-    each: Mapping[Hashable, float],
-    annotations: Mapping[Hashable, Mapping[str, Any]],
+    each: Mapping[Any, float],
+    annotations: Mapping[Any, Mapping[str, Any]],
     field: str,
     default: str | None,
 ) -> dict[str, float]:
