@@ -101,7 +101,7 @@ class Body(nn.Module):
 
 def from_gpt2(model):
     """Our parameters of a GPT-2: Hugging Face stores its kernels [in, out] too, the three projections in one."""
-    state = {k.removeprefix("transformer."): v.detach().numpy() for k, v in model.state_dict().items()}
+    state = {k.removeprefix("transformer."): v.detach().numpy().copy() for k, v in model.state_dict().items()}
 
     def stack(name):
         return np.stack([state[f"h.{i}.{name}"] for i in range(model.config.n_layer)])

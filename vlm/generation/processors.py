@@ -66,6 +66,7 @@ def process(
     scores: Float[Array, "r v"], history: History, prompt_length: Int[Array, " r"], config: GenerationConfig, n: Numbers
 ) -> Float[Array, "r v"]:
     """Applies what the config asks for, in the published order; scores are logits or log-probabilities."""
+    scores = jnp.asarray(scores)
     if n.repetition_penalty is not None:
         scores = penalise_repetition(scores, history, n.repetition_penalty)
     if config.no_repeat_ngram_size:
