@@ -1,12 +1,8 @@
 """The command on BLIP's files: pretraining state kept, one task's model from another's, the authors' format written."""
 
-import dataclasses
 import json
-import sys
-import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -18,10 +14,6 @@ from vlm.convert.__main__ import main
 from vlm.convert.torch_file import open_tensors
 from vlm.loading import open_extra, open_model
 from vlm.manifest import verify_manifest
-from vlm.models import FAMILIES, get_family
-from vlm.models.blip import weights
-from vlm.models.blip.config import BLIPConfig
-from vlm.models.blip.model import BLIP
 from vlm.tree import flatten, unflatten
 
 TEXT = {"vocab_size": 24, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -29,31 +21,6 @@ TEXT |= {"intermediate_size": 8, "max_position_embeddings": 6}
 VISION = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 VISION |= {"image_size": 8, "patch_size": 4}
 HEADS = ("--override=vision.num_heads=2", "--override=text.num_heads=2")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def family():
-    """Until the family is registered: one that has what conversion needs."""
-    if "blip" in FAMILIES:
-        yield get_family("blip")
-        return
-
-    def example(config):
-        size = config.vision.image_size
-        shape = (1, size, size, 3) if config.num_images == 1 else (1, config.num_images, size, size, 3)
-        tokens = jnp.zeros((1, 2), jnp.int32)
-        return {"image": jnp.zeros(shape), "tokens": tokens, "mask": jnp.ones((1, 2), bool)}
-
-    altclip = get_family("altclip")
-    blip = dataclasses.replace(
-        altclip, name="blip", config_type=BLIPConfig, module=BLIP, example=example, weights=weights
-    )
-    module = types.ModuleType("blip_family")
-    module.FAMILY = blip
-    sys.modules["blip_family"] = module
-    FAMILIES["blip"] = "blip_family"
-    yield blip
-    del FAMILIES["blip"], sys.modules["blip_family"]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,10 +15,12 @@ from vlm.convert.torch_writer import write_pth
 from vlm.convert.views import TensorView, from_array
 from vlm.convert.writer import write_tensors
 from vlm.errors import UserError
+from vlm.loading import expected_params
+from vlm.models import get_family
 from vlm.models.blip import weights
 from vlm.models.blip.hf_config import architecture
 from vlm.models.blip.model import BLIP
-from vlm.tree import flatten, unflatten
+from vlm.tree import unflatten
 
 TEXT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT |= {"intermediate_size": 32, "max_position_embeddings": 20}
@@ -47,22 +48,9 @@ def models(randomise):
     return {name: make(name) for name in CLASSES}
 
 
-def spec(shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
 @functools.cache
 def shapes(config):
-    if config.num_images == 2:
-        image = spec((1, 2, config.vision.image_size, config.vision.image_size, 3))
-    else:
-        image = spec((1, config.vision.image_size, config.vision.image_size, 3))
-    tokens, mask = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-    init = functools.partial(BLIP(config).init, tokens=tokens, mask=mask)
-    boxed = jax.eval_shape(lambda x: init(jax.random.key(0), x), image)["params"]
-    from vlm.sharding import unbox
-
-    return flatten(unbox(boxed))
+    return expected_params(get_family("blip"), config)
 
 
 def lazy(state):
