@@ -53,6 +53,12 @@ def test_a_last_abbreviation_depends_on_the_next_caption():
     assert tokenize(["vitamin D.", "The x", "vitamin D.", "Blue"]) == ["vitamin d", "the x", "vitamin d.", "blue"]
 
 
+def test_no_token_runs_from_one_caption_into_the_next():
+    assert tokenize(["room 22", "3/4 cup", "call 555", "1234", "a <b", "c> d"]) == [
+        *("room 22", "3/4 cup", "call 555", "1234", "a < b", "c > d")
+    ]
+
+
 def test_line_breaks_are_spaces():
     assert tokenize(["a\nb\r\nc\u2028d", "e"]) == ["a b c d", "e"]
 
