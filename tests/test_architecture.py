@@ -15,7 +15,7 @@ SOURCES = sorted(
 
 # A module may import from its own layer's group and from lower layers only. First match wins.
 LAYERS: list[tuple[str, int]] = [
-    (r"vlm|vlm\.(demo|predict|score|precompute|plan|loading|initial|dry_run)(\..*)?", 7),
+    (r"vlm|vlm\.(demo|predict|score|capfilt|precompute|plan|loading|initial|dry_run)(\..*)?", 7),
     (r"vlm\.(convert|checkpoint)\.__main__", 7),
     (r"(train|eval|configs)(\..*)?", 7),
     (r"vlm\.evaluation(\..*)?", 6),

@@ -16,6 +16,7 @@ from vlm.data.tar_index import read_index
 from vlm.errors import UserError
 
 _MAX_OPEN = 256
+_MAX_BYTES = 64 << 20
 _TEXT = ("txt", "text", "caption", "transcript")
 
 
@@ -43,11 +44,22 @@ class TarSource:
         name: str = "",
         num_shards: int | None = None,
         index_dir: str | None = None,
-        max_bytes: int = 64 << 20,
+        max_bytes: int = _MAX_BYTES,
     ):
-        self.shards = expand(path, num_shards=num_shards)
-        self.name = name or f"tar:{path if isinstance(path, str) else path[0]}"
-        self.max_bytes = max_bytes
+        shards = expand(path, num_shards=num_shards)
+        self._open(shards, fields, name or f"tar:{path if isinstance(path, str) else path[0]}", index_dir, max_bytes)
+
+    @classmethod
+    def single(cls, shard: str, *, fields: Mapping[str, str] | None = None, name: str = "") -> TarSource:
+        """One shard on its own, also where its name says that there are others."""
+        source = cls.__new__(cls)
+        source._open([shard], fields, name or f"tar:{shard}", None, _MAX_BYTES)
+        return source
+
+    def _open(
+        self, shards: list[str], fields: Mapping[str, str] | None, name: str, index_dir: str | None, max_bytes: int
+    ) -> None:
+        self.shards, self.name, self.max_bytes = shards, name, max_bytes
         self._fields = FieldMap.parse(fields)
         with concurrent.futures.ThreadPoolExecutor(min(16, len(self.shards))) as pool:
             self._indices = list(pool.map(lambda shard: read_index(shard, index_dir), self.shards))
