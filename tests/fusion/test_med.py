@@ -257,17 +257,18 @@ def test_dropout_is_keyed_and_everywhere():
     assert np.abs(first - other).max() > 0.01
 
 
-def test_rematerialisation_changes_nothing():
+def test_rematerialisation_saves_less():
     params = _random(Med(CONFIG))
 
-    def gradient(config):
+    def saved(remat):
         def loss(p):
-            return jnp.sin(Med(config).apply({"params": p}, TOKENS, MASK, context=CONTEXT).last_hidden_state).sum()
+            model = Med(dataclasses.replace(CONFIG, remat=remat))
+            return model.apply({"params": p}, TOKENS, MASK, context=CONTEXT).last_hidden_state.sum()
 
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+        _, pullback = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    config = dataclasses.replace(CONFIG, remat="full")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradient(CONFIG), gradient(config))
+    assert saved("full") < saved("dots") < saved("none")
 
 
 @pytest.mark.parametrize(
