@@ -17,7 +17,7 @@ were pretrained on 129M images (base / large, or base).
 | `…_vqa`              | pretrained (CapFilt-L) | 256, 16 GPUs      | VQAv2 test-dev 78.25, test-std 78.32             |
 | `…_nlvr`             | pretrained             | 256, 16 GPUs      | NLVR2 dev 82.48, test-P 83.08                    |
 | `…_classification`   | pretrained             | not published     | not published (SNLI-VE with LAVIS' classifier)   |
-| `…_dialog`           | pretrained             | 240               | VisDial v1.0 val MRR 69.41, R@1 56.44            |
+| `base_dialog`        | pretrained             | 240               | VisDial v1.0 val MRR 69.41, R@1 56.44            |
 
 A task starts from a model of its own kind and image size, made once from a pretrained one, for example
 
@@ -55,6 +55,8 @@ PARTS = {  # of each task's model, beside the image encoder; True: a text stack 
     "dialog": {**ALONE, "text": True, "itm": True},
 }
 TASKS = ("pretrain", "pretrain_code", "retrieval_coco", "retrieval_flickr", *list(PARTS)[2:])
+PUBLISHED = ("base", "large", *(f"{size}_{task}" for size in ("base", "large") for task in TASKS))
+PUBLISHED = tuple(name for name in PUBLISHED if name != "large_dialog")  # image and text states must have one width
 EPOCH = {  # examples of one pass
     "pretrain": 14_100_000 + 115_000_000 // 5,  # of LAION's 115 M images one fifth is seen in each epoch
     "retrieval_coco": 566_747, "retrieval_flickr": 145_000, "caption": 566_747, "vqa": 1_380_000, "nlvr": 86_373,
@@ -69,8 +71,8 @@ def get_config(variant: str = "base") -> ConfigDict:
     if name in small:
         return small[name](folder)
     size, _, task = name.partition("_")
-    if size not in ("base", "large") or task not in ("", *TASKS):
-        choices = ", ".join((*small, "base", "large", *(f"(base|large)_{task}" for task in TASKS)))
+    if name not in PUBLISHED:
+        choices = ", ".join((*small, *PUBLISHED))
         raise ValueError(f"unknown variant {name!r}; choose from {choices}")
     return _finetune(size, task) if task in RECIPES else _pretrain(size, code=task == "pretrain_code")
 
@@ -113,7 +115,7 @@ RECIPES = {  # image size, batch, epochs, learning rate of base and large (paper
     "vqa": (480, 256, 10, {"base": 2e-5, "large": 2e-5}),
     "nlvr": (384, 256, 15, {"base": 3e-5, "large": 3e-5}),
     "classification": (384, 256, 10, {"base": 2e-5, "large": 2e-5}),
-    "dialog": (384, 240, 20, {"base": 2e-5, "large": 2e-5}),
+    "dialog": (384, 240, 20, {"base": 2e-5}),
 }
 OBJECTIVES = {"nlvr": "classification", "dialog": "matching"}
 
