@@ -42,6 +42,7 @@ MODELS = {
     "matching": NONE | {"itm": True},
 }
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+compiled = functools.partial(jax.jit, compiler_options=FAST)
 
 
 def module(objective):
@@ -133,9 +134,10 @@ class Run:
     def put(self, seed):
         return sharding.put_batch(batch_for(self.objective, seed), self.split, B)
 
-    def reset(self):
+    def reset(self, **changes):
         """Back to the first state, without compiling anything again."""
-        self.state = jax.device_put(self.start, jax.tree.map(lambda x: x.sharding, self.state))
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        self.state = jax.device_put(self.start.replace(**changes), shardings)
         return self
 
     def step(self, seed):
@@ -200,7 +202,7 @@ def test_shared_parameters_get_the_sum_of_both_uses():
     batch = {name: jnp.asarray(value) for name, value in batch_for("pretrain").items()}
     names = ("itc", "itm", "lm")
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @compiled
     def gradients(params, weights):
         terms = lambda p: loss(model, p, extra, batch, jax.random.key(0), config)  # noqa: E731
         value = lambda p: sum(w * terms(p)[1][0][n] for n, w in zip(names, weights, strict=True))  # noqa: E731
@@ -359,23 +361,25 @@ def test_the_queue_holds_the_moved_teachers_features():
 
 
 def test_answers_are_weighted_and_summed_over_their_tokens():
-    model = module("vqa")
-    params = start_params(model, "vqa")
-    batch = {name: jnp.asarray(value) for name, value in batch_for("vqa").items()}
-    value, _ = loss(model, params, {}, batch, jax.random.key(0), LossConfig("vqa"))
-    call = lambda method, *inputs: model.apply({"params": params}, *inputs, method=method)  # noqa: E731
-    states = call(model.encode_image_states, batch["image"]).last_hidden_state
-    read = call(model.encode_multimodal, batch["tokens"], batch["mask"], states).last_hidden_state
-    answers, mask = batch["answer_tokens"], batch["answer_mask"]
+    run, (value, *_) = fallen("vqa")
+    params, batch = run.start.params, batch_for("vqa")
+    model, answers, mask = module("vqa"), batch["answer_tokens"], batch["answer_mask"]
+
+    @compiled
+    def logits_of(answers, mask):
+        call = lambda method, *inputs: model.apply({"params": params}, *inputs, method=method)  # noqa: E731
+        states = call(model.encode_image_states, batch["image"]).last_hidden_state
+        read = call(model.encode_multimodal, batch["tokens"], batch["mask"], states).last_hidden_state
+        return call(model.decode_logits, answers, mask, read, batch["mask"])
+
     total = 0.0
-    logits = np.stack(
-        [call(model.decode_logits, answers[:, a], mask[:, a], read, batch["mask"]) for a in range(answers.shape[1])], 1
-    ).astype(np.float64)
-    for b, a in np.ndindex(*answers.shape[:2]):
-        for t in range(1, int(mask[b, a].sum())):
-            x = logits[b, a, t - 1]
-            logp = x - np.log(np.exp(x).sum())
-            total -= float(batch["answer_weights"][b, a]) * (0.9 * logp[int(answers[b, a, t])] + 0.1 * logp.mean())
+    for a in range(answers.shape[1]):
+        logits = np.asarray(logits_of(answers[:, a], mask[:, a]), np.float64)
+        for b in range(B):
+            for t in range(1, int(mask[b, a].sum())):
+                logp = logits[b, t - 1] - np.log(np.exp(logits[b, t - 1]).sum())
+                token = 0.9 * logp[int(answers[b, a, t])] + 0.1 * logp.mean()
+                total -= float(batch["answer_weights"][b, a]) * token
     np.testing.assert_allclose(value, total / B, rtol=1e-5)
 
 
@@ -390,47 +394,47 @@ def test_label_smoothing_is_torchs():
 
 
 def test_captions_start_after_the_prompt():
-    model = module("caption")
-    params = start_params(model, "caption")
-    batch = {name: jnp.asarray(value) for name, value in batch_for("caption").items()}
-    value, _ = loss(model, params, {}, batch, jax.random.key(0), LossConfig("caption", label_smoothing=0.0))
-    states = model.apply({"params": params}, batch["image"], method=model.encode_image_states).last_hidden_state
-    logits = model.apply({"params": params}, batch["tokens"], batch["mask"], states, method=model.decode_logits)
-    logp = np.asarray(jax.nn.log_softmax(logits))
-    terms = [-logp[b, t - 1, batch["tokens"][b, t]] for b in range(B) for t in range(2, L) if batch["mask"][b, t]]
-    np.testing.assert_allclose(value, np.mean(terms), rtol=1e-5)
+    run, (value, *_) = fallen("caption")
+    params, batch, model = {"params": run.start.params}, batch_for("caption"), module("caption")
+
+    @compiled
+    def log_probabilities():
+        states = model.apply(params, batch["image"], method=model.encode_image_states).last_hidden_state
+        inputs = batch["tokens"], batch["mask"], states
+        return jax.nn.log_softmax(model.apply(params, *inputs, method=model.decode_logits))
+
+    logp = np.asarray(log_probabilities())
+    places = [(b, t) for b in range(B) for t in range(2, L) if batch["mask"][b, t]]  # the prompt is one token
+    terms = [0.9 * logp[b, t - 1, batch["tokens"][b, t]] + 0.1 * logp[b, t - 1].mean() for b, t in places]
+    np.testing.assert_allclose(value, -np.mean(terms), rtol=1e-5)
 
 
-def test_distillation_mixes_towards_the_teacher():
-    model = module("classification")
-    config = LossConfig("classification", distill=True, alpha=0.4, alpha_steps=10, momentum=1.0)
-    params = start_params(model, "classification")
-    extra = init_extra(model, params, jax.random.key(0), config) | {"step": jnp.int32(5)}
-    student = jax.tree.map(lambda x: x + 0.1, params)
-    batch = {name: jnp.asarray(value) for name, value in batch_for("classification").items()}
-    value, (terms, after) = loss(model, student, extra, batch, jax.random.key(0), config)
+def test_distillation_mixes_towards_the_moved_teacher():
+    run, _ = fallen("classification")
+    model, batch, student = module("classification"), batch_for("classification"), run.start.params
+    teacher = jax.tree.map(lambda x: x + np.float32(0.1) * np.sign(x), run.start.extra["teacher"])
+    run.reset(extra={"teacher": teacher, "step": np.int32(2)})
+    metrics = run.step(0)
 
+    @compiled
     def logits(params):
         states = model.apply({"params": params}, batch["image"], method=model.encode_image_states).last_hidden_state
         return model.apply({"params": params}, batch["tokens"], batch["mask"], states, method=model.classify)
 
-    ours, theirs = jax.nn.log_softmax(logits(student)), jax.nn.softmax(logits(params))
+    moved = unflatten({path: 0.9 * x + 0.1 * flatten(student)[path] for path, x in flatten(teacher).items()})
+    ours, theirs = jax.nn.log_softmax(logits(student)), jax.nn.softmax(logits(moved))
     hard = -np.asarray(ours)[np.arange(B), batch["labels"]].mean()
     soft = -np.asarray(ours * theirs).sum(-1).mean()
-    np.testing.assert_allclose(value, 0.8 * hard + 0.2 * soft, rtol=1e-5)
-    assert float(terms["alpha"]) == pytest.approx(0.2) and int(after["step"]) == 6
+    np.testing.assert_allclose(metrics["loss"], 0.8 * hard + 0.2 * soft, rtol=1e-5)
+    assert metrics["alpha"] == pytest.approx(0.2) and int(run.state.extra["step"]) == 3
 
 
 def test_a_dialog_also_reads_the_caption():
-    model = module("matching")
-    params = start_params(model, "matching")
-    batch = {name: jnp.asarray(value) for name, value in batch_for("matching").items()}
-    caption = {"caption_tokens": batch["tokens"][::-1], "caption_mask": batch["mask"][::-1]}
-    params = jax.tree.map(lambda x: x + 0.1 * jnp.sign(x), params)
-    plain, dialog = (
-        loss(model, params, {}, rows, jax.random.key(0), LossConfig("matching"))[0] for rows in (batch, batch | caption)
-    )
-    assert abs(float(plain) - float(dialog)) > 1e-6
+    run, (plain, *_) = fallen("matching")
+    model, batch = module("matching"), batch_for("matching")
+    batch |= {"caption_tokens": batch["tokens"][::-1], "caption_mask": batch["mask"][::-1]}
+    step = compiled(lambda params: loss(model, params, {}, batch, jax.random.key(0), LossConfig("matching"))[0])
+    assert abs(float(step(run.start.params)) - plain) > 1e-6
 
 
 @pytest.mark.parametrize(
