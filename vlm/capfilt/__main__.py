@@ -165,14 +165,15 @@ def _pipeline(options: argparse.Namespace, folder: Path, index: int, mesh: Any, 
 
 
 def _run_all(pipeline: Any, folder: Path, shards: Sequence[Any]) -> None:
-    """Makes what is missing, with a line of progress (in MiB of input, known without opening every shard)."""
+    """Makes what is missing, with a line of progress (in bytes of input, known without opening every shard)."""
     from vlm.capfilt import output
     from vlm.metrics import Progress
 
-    sizes = {shard.name: shard.size / 2**20 for shard in shards}
+    unit, scale = ("MiB", 2**20) if sum(shard.size for shard in shards) >= 2**30 else ("KiB", 2**10)
+    sizes = {shard.name: shard.size / scale for shard in shards}
     missing = [shard for shard in shards if output.finished(folder, shard) is None]
     before = sum(sizes.values()) - sum(sizes[shard.name] for shard in missing)
-    progress = Progress(round(sum(sizes.values())), round(before), unit="MiB")
+    progress = Progress(round(sum(sizes.values())), round(before), unit=unit)
     began = last = time.monotonic()
     images = 0
     try:
