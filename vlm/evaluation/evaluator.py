@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any, Protocol, runtime_checkable
 
 from vlm.data.source import Source, Subset, open_source
 from vlm.errors import UserError, did_you_mean
 from vlm.evaluation.bootstrap import Statistic, intervals
-from vlm.evaluation.embed import Advance, Embedder, Note
+from vlm.evaluation.embed import Embedder
+from vlm.evaluation.feed import Advance, Note
 from vlm.strict import plain
 
 
@@ -25,6 +24,7 @@ class Result:
       details: what the numbers depend on (data and template fingerprints, language, …), for the JSON result.
       examples: one JSON object per example, for the JSONL file.
       page: what the HTML page shows beside the examples, see `vlm.evaluation.page`.
+      official: predictions in the form that the data set's own evaluation reads, for a JSON file of their own.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Result:
     details: dict[str, Any]
     examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     page: dict[str, Any] = dataclasses.field(default_factory=dict)
-    files: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    official: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 class Evaluator(Protocol):
@@ -53,6 +53,15 @@ class Evaluator(Protocol):
 
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Runs the model over the data; every host calls it and every host gets the result."""
+        ...
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """An evaluator of something else than embeddings: it finds out itself whether a model can do it."""
+
+    def check(self, embedder: Embedder) -> None:
+        """Traces the model without running it; raises UserError where it, or the processor, cannot."""
         ...
 
 

@@ -94,7 +94,15 @@ class Feed:
 
     def fetch(self, tree: Any) -> Any:
         """Arrays on the devices as NumPy arrays, whole, on every host."""
-        return jax.device_get(tree if self.replicated is None else _replicate(tree, self.replicated))
+        return jax.device_get(tree if self.replicated is None else _place(tree, self.replicated))
+
+    def local(self, array: Any) -> np.ndarray:
+        """The rows of this host of an array whose rows are a batch."""
+        if self.mesh is None:
+            return np.asarray(array)
+        split = _place(array, self._sharding())
+        parts = {shard.index[0].indices(self.rows)[0]: shard.data for shard in split.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
     def examples(
         self,
@@ -188,7 +196,7 @@ def _transform(example: dict[str, Any], rng: np.random.Generator, train: bool, *
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _replicate(tree: Any, target: NamedSharding) -> Any:
+def _place(tree: Any, target: NamedSharding) -> Any:
     return jax.lax.with_sharding_constraint(tree, target)
 
 

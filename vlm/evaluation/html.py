@@ -98,8 +98,9 @@ def facts(values: Iterable[tuple[str, object]]) -> str:
 
 def figure(name: str, value: float, interval: tuple[float, float] | None = None) -> str:
     """One number, with its confidence interval."""
-    small = "" if interval is None else f"<small>95 %: {number(interval[0])} to {number(interval[1])}</small>"
-    return f"<div><small>{html.escape(name)}</small><b>{number(value)}</b>{small}</div>"
+    show = (lambda value: f"{value:g}") if name.endswith("rank") else number
+    small = "" if interval is None else f"<small>95 %: {show(interval[0])} to {show(interval[1])}</small>"
+    return f"<div><small>{html.escape(name)}</small><b>{show(value)}</b>{small}</div>"
 
 
 def number(value: float) -> str:

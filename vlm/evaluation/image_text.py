@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,8 +104,13 @@ class Retrieval:
             n=len(notes),
             unreadable=len(self.source) - len(notes),
             details=details,
-            examples=_rows(notes, found, texts),
-            page={"source": self.source, "queries": _queries(shown, notes, texts, images, embeds, found, groups)},
+            examples=rows_of(notes, found, texts),
+            page={
+                "source": self.source,
+                "queries": queries(
+                    shown, notes, texts, found, groups, lambda i: embeds @ images[i], lambda t: images @ embeds[t]
+                ),
+            },
         )
 
     def note(self, example: Mapping[str, Any]) -> Note:
@@ -132,7 +137,8 @@ def texts_of(example: Mapping[str, Any], name: str) -> list[str]:
     return [str(text) for text in texts]
 
 
-def _rows(notes: list[Note], found: retrieval.Ranks, texts: list[str]) -> list[dict[str, Any]]:
+def rows_of(notes: list[Note], found: retrieval.Ranks, texts: list[str]) -> list[dict[str, Any]]:
+    """One row per image and one per text: what it is and at which place its first right answer was found."""
     rows: list[dict[str, Any]] = [
         {"query": "image", "index": note["index"], "key": note["key"], "rank": int(rank) + 1}
         for note, rank in zip(notes, found.image_to_text, strict=True)
@@ -143,34 +149,40 @@ def _rows(notes: list[Note], found: retrieval.Ranks, texts: list[str]) -> list[d
     return rows
 
 
-def _queries(
+def queries(
     shown: np.ndarray,
     notes: list[Note],
     texts: list[str],
-    images: np.ndarray,
-    embeds: np.ndarray,
     found: retrieval.Ranks,
     groups: np.ndarray,
+    of_image: Callable[[int], np.ndarray],
+    of_text: Callable[[int], np.ndarray],
 ) -> dict[str, list[dict[str, Any]]]:
-    """The first answers to some queries, each with whether it is right."""
+    """The first answers to some queries, each with whether it is right.
+
+    Args:
+      shown: numbers of the images to show, each with its first text.
+      groups: [I], images and texts of one group belong together.
+      of_image, of_text: the scores of all texts for an image, and of all images for a text; -inf where there is none.
+    """
     first_text = np.searchsorted(found.text_image, np.arange(len(notes)))
     by_image, by_text = [], []
     for image in shown:
-        scores = embeds @ images[image]
-        best = _distinct(np.argsort(-scores, kind="stable"), texts)
+        scores = of_image(int(image))
+        best = _distinct([t for t in np.argsort(-scores, kind="stable") if np.isfinite(scores[t])], texts)
         answers = [(texts[t], float(scores[t]), bool(groups[found.text_image[t]] == groups[image])) for t in best]
         by_image.append(
             {"index": notes[image]["index"], "rank": int(found.image_to_text[image]) + 1, "answers": answers}
         )
         text = int(first_text[image])
-        scores = images @ embeds[text]
-        best = np.argsort(-scores, kind="stable")[:SHOWN]
+        scores = of_text(text)
+        best = [i for i in np.argsort(-scores, kind="stable")[:SHOWN] if np.isfinite(scores[i])]
         answers = [(notes[i]["index"], float(scores[i]), bool(groups[i] == groups[image])) for i in best]
         by_text.append({"text": texts[text], "rank": int(found.text_to_image[text]) + 1, "answers": answers})
     return {"image_to_text": by_image, "text_to_image": by_text}
 
 
-def _distinct(order: np.ndarray, texts: list[str]) -> list[int]:
+def _distinct(order: Sequence[int], texts: list[str]) -> list[int]:
     """The first few texts that differ from the ones before."""
     chosen: dict[str, int] = {}
     for number in order:

@@ -18,13 +18,23 @@ MATRIX_CLASSES = 30
 TABLE_CLASSES = 200
 CONFUSED_PAIRS = 20
 SCORES = 3
+WANTED = 5
+FRAMES = 2
 HEADLINES = (
     "top1",
     "top5",
     "mean_average_precision_11",
     "mean_recall",
+    "itc/mean_recall",
+    "itm/mean_recall",
     "text_to_image_recall@1",
     "image_to_text_recall@1",
+    "cider",
+    "bleu_4",
+    "exact_match",
+    "accuracy",
+    "consistency",
+    "balanced_accuracy",
 )
 
 
@@ -196,13 +206,13 @@ def _retrieval(result: Result, language: str) -> str:
     parts = ["<h3>Texts found for images</h3>"]
     for query in queries["image_to_text"]:
         items = "".join(_answer(answer, language) for answer in query["answers"])
-        image = html.picture(_thumbnail(source, query["index"]))
+        image = _pictures(source, query["index"])
         rank = f'<div class="soft">first right text: {query["rank"]}.</div>'
         parts.append(f'<div class="query"><div>{image}{rank}</div><ol>{items}</ol></div>')
     parts.append("<h3>Images found for texts</h3>")
     for query in queries["text_to_image"]:
         cards = "".join(
-            f'<div class="card {"good" if right else ""}">{html.picture(_thumbnail(source, index))}'
+            f'<div class="card {"good" if right else ""}">{_pictures(source, index)}'
             f'<span class="mark">{score:.3f}{" ✓" if right else ""}</span></div>'
             for index, score, right in query["answers"]
         )
@@ -219,6 +229,38 @@ def _answer(answer: tuple[str, float, bool], language: str) -> str:
     return f'<li class="{kind}">{said} <span class="soft">{score:.3f}</span></li>'
 
 
+# ------------------------------------------------------------------------------------------------------------ texts
+
+
+def _texts(result: Result, language: str) -> str:
+    """Cards with pictures, what was asked, what was said and what people say."""
+    show = result.page
+    judged = any(card["correct"] is not None for card in show["cards"])
+    cards = [card | {"correct": bool(card["correct"])} for card in show["cards"]]
+    note = "at most half of them wrong ones" if judged else "not judged"
+    parts = [f'<h3>Predictions <span class="soft">({note})</span></h3>', '<div class="grid">']
+    for card in _mixed(cards, show["pictures"]):
+        kind, sign = (("good", "✓ ") if card["correct"] else ("bad", "✗ ")) if judged else ("", "")
+        asked = f"<div>{html.text(card['asked'], language)}</div>" if card.get("asked") else ""
+        wanted = "; ".join(html.text(text, language) for text in card["wanted"][:WANTED])
+        parts.append(
+            f'<div class="card {kind}">{_pictures(show["source"], card["index"])}{asked}'
+            f'<div class="mark {kind}">{sign}<b>{html.text(card["said"], language)}</b></div>'
+            f'<div class="soft">{wanted}</div></div>'
+        )
+    return "".join(parts) + "</div>"
+
+
+def _pictures(source: Source, index: int) -> str:
+    """The picture of an example, or the first few of them."""
+    try:
+        data = source[index]["image"]
+        several = list(data)[:FRAMES] if isinstance(data, (list, tuple)) else [data]
+        return "".join(html.picture(decode(item)) for item in several)
+    except (UserError, KeyError):
+        return html.picture(None)
+
+
 def _thumbnail(source: Source, index: int) -> Image.Image | None:
     try:
         return decode(source[index]["image"])
@@ -230,4 +272,11 @@ def _words(name: str) -> str:
     return name.replace("_", " ").replace("@", " at ")
 
 
-SECTIONS: dict[str, Callable[[Result, str], str]] = {"zero_shot": _zero_shot, "retrieval": _retrieval}
+SECTIONS: dict[str, Callable[[Result, str], str]] = {
+    "zero_shot": _zero_shot,
+    "retrieval": _retrieval,
+    "matching_retrieval": _retrieval,
+    "captions": _texts,
+    "vqa": _texts,
+    "nlvr2": _texts,
+}

@@ -2,6 +2,7 @@
 
 results.json                  metrics, confidence intervals, and all that the numbers depend on
 results.NAME.jsonl            one line per example of evaluation NAME
+results.NAME.results.json     predictions as the data set's own evaluation, and `vlm.score`, read them, where it has one
 results.html                  the same for eyes
 """
 
@@ -72,9 +73,15 @@ def write(output: Path, results: Mapping[str, Result], specs: Mapping[str, Any],
             if result.examples:
                 lines = (json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in result.examples)
                 put(output.with_name(f"{output.stem}.{name}.jsonl"), "".join(lines))
+            if result.official:
+                put(output.with_name(f"{output.stem}.{name}.results.json"), _listed(result.official))
         put(output.with_suffix(".html"), render(results, about))
         content = json.dumps(_finite(document(results, specs, about)), indent=2, ensure_ascii=False, allow_nan=False)
         put(output, content + "\n")
+
+
+def _listed(rows: list[dict[str, Any]]) -> str:
+    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
 
 
 @contextlib.contextmanager

@@ -16,11 +16,15 @@ from ml_collections import ConfigDict
 from vlm.checkpoint.processes import from_primary
 from vlm.errors import UserError, did_you_mean
 from vlm.evaluation import results as files
+from vlm.evaluation.captions import Captions, CaptionsConfig
 from vlm.evaluation.embed import Embedder
-from vlm.evaluation.evaluator import Evaluator, Result
+from vlm.evaluation.evaluator import Checks, Evaluator, Result
 from vlm.evaluation.extract import Extract, ExtractConfig
 from vlm.evaluation.image_text import Retrieval, RetrievalConfig
 from vlm.evaluation.linear_probe import LinearProbe, LinearProbeConfig
+from vlm.evaluation.matching import MatchingConfig, MatchingRetrieval
+from vlm.evaluation.statements import Nlvr2, Nlvr2Config
+from vlm.evaluation.vqa import Vqa, VqaConfig
 from vlm.evaluation.zero_shot import ZeroShot, ZeroShotConfig
 from vlm.metrics import Progress
 from vlm.strict import build, plain
@@ -30,6 +34,10 @@ KINDS: dict[str, tuple[type, Any]] = {
     "retrieval": (RetrievalConfig, Retrieval),
     "linear_probe": (LinearProbeConfig, LinearProbe),
     "embeddings": (ExtractConfig, Extract),
+    "captions": (CaptionsConfig, Captions),
+    "vqa": (VqaConfig, Vqa),
+    "matching_retrieval": (MatchingConfig, MatchingRetrieval),
+    "nlvr2": (Nlvr2Config, Nlvr2),
 }
 REPORT_SECONDS = 10.0
 
@@ -113,8 +121,7 @@ def run(
         current = jax.sharding.get_mesh()
         mesh = None if current.empty else current
     embedder = Embedder(model, params, processor, mesh, batch_axes)
-    if plan.evaluators:
-        embedder.check(texts=any(evaluator.uses_text for evaluator, _ in plan.evaluators.values()))
+    _check(plan, embedder)
     results: dict[str, Result] = {}
     for name, (evaluator, feeding) in plan.evaluators.items():
         fed = dataclasses.replace(embedder, batch_size=feeding.batch_size, num_workers=feeding.num_workers)
@@ -143,6 +150,21 @@ def _prepare(name: str, spec: Any, limit: int | None) -> tuple[Evaluator, Feedin
     config_type, evaluator = KINDS[kind]
     config = build(config_type, {key: value for key, value in spec.items() if key not in {"kind", *common}}, path)
     return evaluator.prepare(config, f"config.{path}", limit), feeding
+
+
+def _check(plan: Plan, embedder: Embedder) -> None:
+    """Finds what the model cannot do before anything runs."""
+    contrastive = []
+    for name, (evaluator, _) in plan.evaluators.items():
+        if not isinstance(evaluator, Checks):
+            contrastive.append(evaluator)
+            continue
+        try:
+            evaluator.check(embedder)
+        except UserError as error:
+            raise UserError(f"config.eval.{name}: {error}") from error
+    if contrastive:
+        embedder.check(texts=any(evaluator.uses_text for evaluator in contrastive))
 
 
 def _run(name: str, evaluator: Evaluator, embedder: Embedder, show: bool) -> Result:

@@ -80,7 +80,8 @@ def generate(
 
     Args:
       model: of a family that generates; params: its parameters, or what `prepare` made of them.
-      batch: as the model's processor makes it; rows may differ in length and be padded on either side.
+      batch: as the model's processor makes it; rows may differ in length and be padded on either side. Pixels may lie
+        on devices already, split over the rows; everything else is whole on every host.
       config, settings: a `GenerationConfig`, or fields of one; fields given beside a config replace its own.
       rng: a key, or one key for each row, in place of the config's seed.
       prefill_options: static arguments for the model's `prefill` (`interpolate_positions=True`).
@@ -92,7 +93,7 @@ def generate(
     base = {} if config is None else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     config = build(GenerationConfig, base | settings, "generation")
     prepared = params if isinstance(params, Prepared) else prepare(model, params)
-    arrays = {name: np.asarray(value) for name, value in model.prompt(batch).items() if value is not None}
+    arrays = {name: _held(value) for name, value in model.prompt(batch).items() if value is not None}
     stop_ids = model.stop_ids if config.stop_ids is None else config.stop_ids
     prompt, steps = _plan(model, arrays, config, stop_ids)
     decoder = model.clone(decoding=True)
@@ -143,6 +144,12 @@ def continue_prompts(
 def bucket(length: int) -> int:
     """The length that arrays of this length are padded to: a power of two up to 64, then a multiple of 64."""
     return 1 << (length - 1).bit_length() if length <= 64 else -(-length // 64) * 64
+
+
+def _held(value: Any) -> Any:
+    """Numbers that are looked at here are fetched; pixels stay on the devices, and hosts, that hold them."""
+    on_devices = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
+    return value if on_devices else np.asarray(value)
 
 
 def _bucketed(x: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -46,7 +47,7 @@ class Writing:
         """Fills up rows that have ended."""
         return self.config.pad_id
 
-    def prompt(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def prompt(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What `prefill` takes, for a processor's batch of images and texts.
 
         A captioner's texts are the beginnings of captions: [DEC] is written over a leading [CLS], and a closing [SEP]
@@ -55,7 +56,7 @@ class Writing:
         """
         if batch.get("image") is None:
             raise UserError("batch: expected image, found " + (", ".join(batch) or "nothing"))
-        image = np.asarray(batch["image"])
+        image = batch["image"] if isinstance(batch["image"], jax.Array) else np.asarray(batch["image"])
         start = np.full((len(image), 1), self.config.bos_id, np.int32)
         alone = {"image": image, "tokens": start, "mask": np.ones((len(image), 1), bool)}
         tokens = batch.get("tokens")

@@ -1,0 +1,110 @@
+"""Captions of a random model: the same text per image whatever the batch and the mesh, scored as the metrics say."""
+
+import json
+
+import jax
+import pytest
+
+from vlm import evaluation
+from vlm.errors import UserError
+from vlm.evaluation.captions import image_number
+from vlm.evaluation.metrics import captions, files
+from vlm.evaluation.writing import generation_config
+from vlm.generation import generate
+
+
+@pytest.fixture
+def spec(scenes_folder):
+    data = {"kind": "json", "path": str(scenes_folder / "caption_test.json"), "split": "[:9]"}
+    generation = {"max_length": None, "max_new_tokens": 6}
+    return {"kind": "captions", "data": data, "bootstrap": {"resamples": 10}, "generation": generation, "batch_size": 4}
+
+
+def test_equals_one_image_at_a_time(tiny_blip, spec, tmp_path, mesh8):
+    model, params, processor = tiny_blip("caption")
+    output = tmp_path / "r.json"
+    metrics = evaluation.run({"c": spec}, model, params, processor, output=output, progress=False)
+    official = files.caption_results(tmp_path / "r.c.results.json")
+    source = evaluation.prepare({"c": spec}).evaluators["c"][0].source
+    references = {}
+    for index in range(9):
+        example = source[index]
+        batch = processor(images=[example["image"]], texts=["a picture of "])
+        settings = {"num_beams": 3, "max_new_tokens": 6, "min_length": 5, "beam_normalisation": "legacy"}
+        found = generate(model, params, batch, **settings)
+        assert official[example["image_id"]] == processor.tokenizer.decode(found.completions[0].tolist())
+        references[example["image_id"]] = example["caption"]
+    assert len(official) == 9 and len(set(official.values())) > 1
+    for name, value in captions.score(official, references).metrics.items():
+        assert metrics[f"c/{name}"] == pytest.approx(value)
+    assert metrics["c/exact_match"] == 0
+    rows = [json.loads(line) for line in (tmp_path / "r.c.jsonl").read_text().splitlines()]
+    assert rows[3]["caption"] == official[3] and rows[3]["captions"] == references[3]
+    assert {"cider", "exact_match"} <= set(json.loads(output.read_text())["evaluations"]["c"]["intervals_95"])
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("data:image/png") == 9 and official[3] in page
+    with jax.set_mesh(mesh8):
+        assert evaluation.run({"c": spec}, model, params, processor, progress=False) == pytest.approx(metrics)
+
+
+def test_examples_of_one_image_are_scored_together(tiny_blip, spec, scenes_folder, tmp_path):
+    rows = json.loads((scenes_folder / "caption_test.json").read_text())[:3]
+    (tmp_path / "images").symlink_to(scenes_folder / "images")
+    records = [{"image": row["image"], "caption": row["caption"][0], "img_id": n // 2} for n, row in enumerate(rows)]
+    for n, record in enumerate(records):
+        record["domain"] = ("in-domain", "in-domain", "out-domain")[n]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    data = {"kind": "json", "path": str(tmp_path / "data.json"), "root": str(scenes_folder)}
+    spec |= {"data": data, "domain": "domain", "preset": "nocaps"}
+    metrics = evaluation.run({"c": spec}, *tiny_blip("caption"), output=tmp_path / "r.json", progress=False)
+    assert {"c/in/cider", "c/out/cider", "c/cider"} <= metrics.keys() and "c/near/cider" not in metrics
+    found = json.loads((tmp_path / "r.c.results.json").read_text())
+    assert [row["image_id"] for row in found] == [0, 1]
+    row = json.loads((tmp_path / "r.c.jsonl").read_text().splitlines()[0])
+    assert row["captions"] == [rows[0]["caption"][0], rows[1]["caption"][0]]
+
+
+def test_an_exact_caption_counts(tiny_blip, spec, monkeypatch):
+    from vlm.evaluation import writing
+
+    said = iter(["A Five on the left.", "nothing"] * 8)
+    monkeypatch.setattr(writing.Writer, "__call__", lambda self, batch: [next(said) for _ in range(4)])
+    model, params, processor = tiny_blip("caption")
+    evaluator = evaluation.prepare({"c": spec}).evaluators["c"][0]
+    usual = type(evaluator).note
+    monkeypatch.setattr(type(evaluator), "note", lambda s, e: usual(s, e) | {"captions": ["x", "a five on the left"]})
+    assert evaluation.run({"c": spec}, model, params, processor, progress=False)["c/exact_match"] == pytest.approx(
+        5 / 9
+    )
+
+
+def test_presets():
+    coco = generation_config("coco", {}, "g")
+    assert (coco.num_beams, coco.max_length, coco.min_length, coco.repetition_penalty) == (3, 20, 5, 1.0)
+    assert generation_config("nocaps", {}, "g").repetition_penalty == 1.1
+    assert generation_config("coco", {"max_new_tokens": 7}, "g").max_length is None
+    with pytest.raises(UserError, match="num_beam.* did you mean 'num_beams'"):
+        generation_config("coco", {"num_beam": 2}, "g")
+
+
+def test_image_numbers():
+    assert image_number("val2014/COCO_val2014_000000391895.jpg", "k") == 391895
+    assert [image_number(x, "k") for x in (7, "0012", "beach.jpg")] == [7, 12, "beach"]
+    with pytest.raises(UserError, match="expected an image id"):
+        image_number(1.5, "k")
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("retrieval", {}, "config.eval.c: .*no decoder"),
+        ("vqa", {}, "config.eval.c: .*questions"),
+        ("caption", {"captions": "words"}, "no field 'words'"),
+        ("caption", {"metrics": ("rouge",)}, "metrics: expected some of"),
+        ("caption", {"generation": {"num_return_sequences": 2}}, "one text per example"),
+    ],
+)
+def test_wrong_settings(tiny_blip, spec, task, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        evaluation.run({"c": spec | change}, *tiny_blip(task), progress=False)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,114 @@
+"""Answers of a random model: rank equals a loop over candidates, accuracy equals the official one."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm import evaluation
+from vlm.errors import UserError
+from vlm.evaluation.answers import Ranker
+from vlm.evaluation.embed import Embedder
+from vlm.evaluation.metrics import files, vqa
+from vlm.generation import generate
+
+ANSWERS = ("yes", "no", "two", "a five on the left", "five on the right", "twelve", "two digits", "the left")
+
+
+@pytest.fixture
+def spec(scenes_folder):
+    data = {"kind": "json", "path": str(scenes_folder / "vqa_test.json"), "split": "[:11]"}
+    return {"kind": "vqa", "data": data, "bootstrap": {"resamples": 10}, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def losses(tiny_blip):
+    """Explicit losses [questions, answers], and the probability of each answer's first token."""
+    model, params, processor = tiny_blip("vqa")
+
+    def compute(examples, smoothing):
+        total, first = np.zeros((len(examples), len(ANSWERS))), np.zeros((len(examples), len(ANSWERS)))
+        for row, example in enumerate(examples):
+            batch = processor(images=[example["image"]], texts=[example["question"]])
+            for column, answer in enumerate(ANSWERS):
+                tokens = processor.tokenizer([answer])["tokens"]
+                found = model.apply(
+                    {"params": params}, **batch, answer_tokens=tokens, answer_mask=np.ones(tokens.shape, bool)
+                )
+                log_probs = np.asarray(jax.nn.log_softmax(found.logits[0]), np.float64)
+                first[row, column] = log_probs[0, tokens[0, 1]]
+                for place, token in enumerate(tokens[0, 1:]):
+                    right = (1 - smoothing) * log_probs[place, token]
+                    total[row, column] -= right + smoothing * log_probs[place].mean()
+        return total, first
+
+    return compute
+
+
+@pytest.mark.parametrize(("shortlist", "smoothing", "chunk"), [(128, 0.1, 3), (4, 0.0, 32)])
+def test_ranking_equals_a_loop(tiny_blip, spec, losses, shortlist, smoothing, chunk):
+    model, params, processor = tiny_blip("vqa")
+    source = evaluation.prepare({"q": spec}).evaluators["q"][0].source
+    examples = [source[index] for index in (0, 3, 7)]
+    total, first = losses(examples, smoothing)
+    embedder = Embedder(model, params, processor, batch_size=3)
+    ranker = Ranker.of(embedder, ANSWERS, shortlist=shortlist, label_smoothing=smoothing, chunk=chunk)
+    batch = processor(images=[e["image"] for e in examples], texts=[e["question"] for e in examples])
+    found = ranker(embedder.feed, batch)
+    count = min(shortlist, len(ANSWERS))
+    np.testing.assert_allclose(found.losses, np.take_along_axis(total, found.candidates, 1), atol=2e-4)
+    for row in range(3):
+        listed = np.sort(first[row])[::-1][:count]
+        np.testing.assert_allclose(first[row, found.candidates[row]], listed, atol=1e-5)
+        expected = found.candidates[row][np.argmin(total[row, found.candidates[row]])]
+        assert found.best[row] == expected
+    assert not np.allclose(total, losses(examples, 0.3)[0])
+
+
+@pytest.mark.parametrize("mode", ["rank", "generate"])
+def test_the_same_in_any_batch_and_on_a_mesh(tiny_blip, spec, tmp_path, mesh8, mode):
+    model, params, processor = tiny_blip("vqa")
+    spec |= {"mode": mode} | ({"answer_list": ANSWERS, "shortlist": 5, "chunk": 2} if mode == "rank" else {})
+    metrics = evaluation.run({"q": spec}, model, params, processor, output=tmp_path / "r.json", progress=False)
+    answers = files.vqa_results(tmp_path / "r.q.results.json")
+    annotations = files.vqa_annotations(pathlib.Path(spec["data"]["path"]))
+    expected = vqa.score(answers, {i: annotations[i] for i in answers})
+    assert metrics["q/accuracy"] == pytest.approx(expected.accuracy / 100, abs=1e-6)
+    assert len(answers) == 11 and len(set(answers.values())) > 1
+    rows = [json.loads(line) for line in (tmp_path / "r.q.jsonl").read_text().splitlines()]
+    assert rows[5]["question"] in (tmp_path / "r.html").read_text() and rows[5]["answer"] == answers[5]
+    with jax.set_mesh(mesh8):
+        evaluation.run(
+            {"q": spec | {"batch_size": 7}}, model, params, processor, output=tmp_path / "m.json", progress=False
+        )
+    assert files.vqa_results(tmp_path / "m.q.results.json") == answers
+
+
+def test_generates_as_published(tiny_blip, spec, tmp_path):
+    model, params, processor = tiny_blip("vqa")
+    evaluation.run({"q": spec}, model, params, processor, output=tmp_path / "r.json", progress=False)
+    example = evaluation.prepare({"q": spec}).evaluators["q"][0].source[2]
+    batch = processor(images=[example["image"]], texts=[example["question"]])
+    settings = {"num_beams": 3, "max_length": 10, "min_length": 1, "beam_normalisation": "legacy"}
+    found = generate(model, params, jax.tree.map(jnp.asarray, batch), **settings)
+    answers = files.vqa_results(tmp_path / "r.q.results.json")
+    assert answers[2] == processor.tokenizer.decode(found.completions[0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("vqa", {"mode": "rank"}, "answer_list: expected one with mode='rank'"),
+        ("vqa", {"answer_list": ("a",)}, "answer_list"),
+        ("vqa", {"mode": "rank", "answer_list": ("a", "a")}, "different answers"),
+        ("vqa", {"mode": "rank", "answer_list": "/no.json"}, "no such file: /no.json"),
+        ("vqa", {"answers": "words"}, "no field 'words'"),
+        ("retrieval", {}, "no decoder"),
+    ],
+)
+def test_wrong_settings(tiny_blip, spec, task, change, message):
+    with pytest.raises(UserError, match=message):
+        evaluation.run({"q": spec | change}, *tiny_blip(task), progress=False)
