@@ -43,7 +43,7 @@ KINDS = {
     "filter": ("retrieval", BLIPConfig(VIT, MED, None, **ALONE | {"itm": True})),
     "vqa": ("vqa", BLIPConfig(VIT, MED, MED, **ALONE)),
 }
-FAST = ("--devices=1", "--batch_size=4", "--num_workers=0")
+FAST = ("--devices=2", "--batch_size=4", "--num_workers=0")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,8 @@ def models(tmp_path_factory):
         shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), **example(config)))["params"]
         rng = np.random.default_rng(number)
         params = unflatten({path: _weights(path, leaf.shape, rng) for path, leaf in flatten(shapes).items()})
+        if name == "filter":
+            params["itm_head"]["bias"] = np.array([0, 2], np.float32)  # about half of the texts match
         vlm.save(
             folder / name,
             model,
@@ -123,7 +125,7 @@ def baseline(models, shards, tmp_path_factory):
 
 def explicit_loop(models, shards):
     """Image by image: (shard, key, provenance, text, probability) of every candidate."""
-    mesh, rules = make_mesh(MeshConfig(), jax.devices()[:1]), ShardingConfig().rules
+    mesh, rules = make_mesh(MeshConfig(), jax.devices()[:2]), ShardingConfig().rules
     with use(mesh, rules):
         captioner, matcher = (vlm.load(models / name, mesh=mesh) for name in ("captioner", "filter"))
         params = prepare(*captioner[:2])
@@ -171,7 +173,6 @@ def _score(model, params, inputs, compiled={}):  # noqa: B006
 
 def test_pairs_and_statistics_equal_an_explicit_loop(models, shards, baseline):
     expected = list(explicit_loop(models, shards))
-    print([round(r[-1], 2) for r in expected])
     kept = [row for row in expected if row[-1] >= 0.5]
     assert 3 < len(kept) < len(expected) - 3
     source = open_source({"kind": "tar", "path": str(baseline / "cc-*.tar")})
@@ -268,14 +269,6 @@ def test_processes_share_the_shards(models, shards, baseline, tmp_path, capsys):
     assert content(tmp_path / "out") == content(baseline)
 
 
-def test_devices_share_a_batch(models, shards, baseline, tmp_path):
-    assert command.main(call(models, shards, tmp_path / "out", "--devices=2")) == 0
-    found, expected = (
-        open_source({"kind": "tar", "path": str(folder / "cc-*.tar")}) for folder in (tmp_path / "out", baseline)
-    )
-    assert [(e["key"], e["text"]) for e in found] == [(e["key"], e["text"]) for e in expected]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -285,7 +278,10 @@ def test_devices_share_a_batch(models, shards, baseline, tmp_path):
         (["--captioner=vqa"], "expected a model that writes captions, found one that answers questions"),
         (["--filter=captioner"], "--filter: expected a model with a matching head"),
         (["--threshold=2"], "--threshold: expected a number from 0 to 1, found 2.0"),
-        (["--max_length=4"], "--max_length: expected more than the prompt's 4 tokens and at most 24, found 4"),
+        (
+            ["--max_length=4", "--min_length=1"],
+            "--max_length: expected more than the prompt's 4 tokens and at most 24, found 4",
+        ),
         (["--top_p=0"], "top_p: expected a number in (0, 1], found 0.0"),
         (["--process_id=2", "--num_processes=2"], "found --process_id=2 and --num_processes=2"),
         (["--devices=9"], "--devices: expected at most 8, found 9"),
