@@ -46,3 +46,81 @@ def demo_data(tmp_path_factory) -> pathlib.Path:
     from vlm.demo.prepare import prepare
 
     return prepare(tmp_path_factory.mktemp("demo") / "data")
+
+
+@pytest.fixture(scope="session")
+def scenes_folder(tmp_path_factory):
+    """The demonstration's two-digit scenes, a few of them."""
+    from vlm.demo import scenes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "SCENES", {"train": 4, "test": 22})
+        return scenes.prepare_scenes(tmp_path_factory.mktemp("scenes") / "scenes")
+
+
+@pytest.fixture(scope="session")
+def tiny_blip(scenes_folder):
+    """By task, and with other settings of the model: a random BLIP (module, parameters, processor)."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vlm.demo import scenes
+    from vlm.encoders.vit import ViTConfig
+    from vlm.fusion.med import MedConfig
+    from vlm.models.blip.config import BLIPConfig
+    from vlm.models.blip.model import BLIP
+    from vlm.models.blip.processor import Processor, ProcessorConfig
+    from vlm.sharding import unbox
+    from vlm.strict import build
+    from vlm.tree import flatten, unflatten
+
+    words = len(scenes.vocabulary())
+    vit = ViTConfig(8, 1, 2, 12, 24, 8, "gelu", patch_bias=True, input_norm=False, output_norm="all", init="normal")
+    stack = MedConfig(words + 2, 8, 2, 2, 12, 24, 8)
+    alone = {"shared_decoder": False, "projection_dim": None, "itm": False, "temperature": None}
+    parts = {
+        "caption": {**alone, "text": None, "decoder": stack},
+        "vqa": {**alone, "text": stack, "decoder": stack},
+        "retrieval": {"shared_decoder": False, "text": stack, "projection_dim": 6},
+        "nlvr": {**alone, "text": stack, "num_labels": 2, "num_images": 2},
+        "classification": {**alone, "text": stack, "itm": True},
+    }
+    ids = {"bos_id": words, "enc_id": words + 1, "cls_id": 2, "sep_id": 3}
+    made = {}
+
+    def make(task, **settings):
+        name = task, *sorted(settings.items())
+        if name not in made:
+            model = BLIP(BLIPConfig(vision=vit, **parts[task], **ids, **settings))
+            size = (1, 2, 24, 24, 3) if task == "nlvr" else (1, 24, 24, 3)
+            batch = np.zeros(size, np.float32), np.zeros((1, 2), np.int32)
+            shapes = jax.eval_shape(lambda key: model.init(key, *batch)["params"], jax.random.key(0))
+            rng = np.random.default_rng(1)
+            flat = flatten(unbox(shapes))
+            params = unflatten({path: jnp.asarray(_random(path, x.shape, rng)) for path, x in flat.items()})
+            image = {"size": 24, "crop": None, "mode": "exact"}
+            config = {"task": task, "image": image, "max_length": 20, "tokenizer": str(scenes_folder / "tokenizer")}
+            made[name] = model, params, Processor.from_config(build(ProcessorConfig, config, "processor"))
+        return made[name]
+
+    return make
+
+
+def _random(path, shape, rng):
+    """Large enough that every image gets its own answer."""
+    import numpy as np
+
+    noise = rng.normal(size=shape).astype(np.float32)
+    return 1 + 0.3 * noise if path.endswith("scale") else np.abs(noise) + 0.1 if path == "temperature" else 0.8 * noise
+
+
+@pytest.fixture
+def mesh8():
+    """Two by two by two of the eight host devices."""
+    import jax
+    import numpy as np
+    from jax.sharding import AxisType, Mesh
+
+    grid = np.asarray(jax.devices()[:8]).reshape(2, 2, 2)
+    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)

@@ -92,7 +92,7 @@ class Captions:
 
     def check(self, embedder: Embedder) -> None:
         """Traces the model; raises UserError where it cannot caption."""
-        check_writes(embedder, self._prompt(embedder.processor, 1), "write captions")
+        check_writes(embedder, self._prompt(embedder.processor, 1))
 
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Captions every image."""

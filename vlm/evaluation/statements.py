@@ -72,7 +72,7 @@ class Nlvr2:
         """Traces the model; raises UserError where it cannot judge statements."""
         images = getattr(getattr(embedder.model, "config", None), "num_images", 1)
         batch = embedder.processor(images=blank_images(images if images > 1 else None), texts=["a"])
-        call = functools.partial(_judge, embedder.model, self._head(embedder.model))
+        call = functools.partial(judge, embedder.model, self._head(embedder.model))
         shape = trace("judge statements", call, embedder.params, batch["image"], batch["tokens"], batch["mask"]).shape
         if shape != (1,):
             raise UserError(f"expected a head with two classes, found one with {shape}")
@@ -89,7 +89,7 @@ class Nlvr2:
         for fed in feed.examples(self.source, transform, self.note, advance):
             placed = feed.put(fed.local)
             inputs = (placed[name] for name in ("image", "tokens", "mask"))
-            probability = feed.fetch(_judge(embedder.model, head, embedder.params, *inputs))
+            probability = feed.fetch(judge(embedder.model, head, embedder.params, *inputs))
             for note, row in zip(fed.notes, fed.valid, strict=True):
                 value = float(probability[row])
                 if not np.isfinite(value):
@@ -167,10 +167,10 @@ def _sentence(row: Mapping[str, Any]) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _judge(model: Any, head: str, params: Any, image: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Probability [B] that each statement is true."""
+def judge(model: Any, head: str, params: Any, image: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Probability [B], or [B, A] of several texts per image, that each statement is true."""
     states = model.apply({"params": params}, image, method="encode_image_states").last_hidden_state
     logits = model.apply({"params": params}, tokens, mask, states, method=head)
     if logits.shape[-1] != 2:
         return jnp.zeros((*logits.shape, 0))
-    return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[:, 1]
+    return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[..., 1]

@@ -106,7 +106,7 @@ class Vqa:
 
     def check(self, embedder: Embedder) -> None:
         """Traces the model; raises UserError where it cannot answer."""
-        check_writes(embedder, embedder.processor(texts=["a"]), "answer questions")
+        check_writes(embedder, embedder.processor(texts=["a"]), answers=True)
 
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Answers every question."""

@@ -31,8 +31,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 """How the published numbers were generated (Li et al. 2022, published code); lengths count the prompt."""
 
 
-def generation_config(preset: str, settings: Mapping[str, Any], path: str) -> GenerationConfig:
+def generation_config(
+    preset: str, settings: Mapping[str, Any], path: str, *, several: bool = False
+) -> GenerationConfig:
     """A preset with some settings replaced; a limit on new tokens replaces that on the length.
+
+    Args:
+      several: allow more than one text per example.
 
     Raises:
       UserError: an unknown or impossible setting.
@@ -42,7 +47,7 @@ def generation_config(preset: str, settings: Mapping[str, Any], path: str) -> Ge
         if settings.get(given) is not None:
             chosen.pop(replaced, None)
     config = build(GenerationConfig, chosen | dict(settings), path)
-    if config.num_return_sequences != 1:
+    if config.num_return_sequences != 1 and not several:
         raise UserError(f"{path}: expected one text per example, found num_return_sequences")
     return config
 
@@ -84,17 +89,22 @@ def question_rows(processor: Any, questions: Sequence[str], rows: np.ndarray, to
     return processor(texts=texts)
 
 
-def check_writes(embedder: Embedder, texts: Mapping[str, np.ndarray], what: str) -> None:
+def check_writes(embedder: Embedder, texts: Mapping[str, np.ndarray], *, answers: bool = False) -> None:
     """Traces the model on a blank image and one row of `texts`, without running it.
+
+    Args:
+      texts: prompts, or with `answers` questions.
 
     Raises:
       UserError: it does not write, or its parameters or the processor do not fit.
     """
-    model = embedder.model
+    model, what = embedder.model, "answer questions" if answers else "write captions"
     prepared = trace(what, lambda params: prepare(model, params), embedder.params)  # names a model that does not write
     if getattr(embedder.processor, "tokenizer", None) is None:
         raise UserError(f"this model and processor cannot {what}: the checkpoint has no tokenizer")
     batch = {"image": np.asarray(embedder.processor(images=blank_images())["image"])}
     arrays = model.prompt(batch | {name: array[:1] for name, array in texts.items()})
+    if answers and "question" not in arrays:
+        raise UserError("expected a model that answers questions, found one that goes on from the text it is given")
     shapes = {name: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype) for name, x in arrays.items()}
     trace(what, lambda params, batch: prefill(model.clone(decoding=True), params, batch), prepared.params, shapes)

@@ -111,7 +111,8 @@ def test_embed(run, images, tmp_path):
     ("arguments", "message"),
     [
         ([], "--task"),
-        (["--task=caption"], "invalid choice"),
+        (["--task=paint"], "invalid choice"),
+        (["--task=caption", "--image={images}"], "does not generate text"),
         (["--task=classify", "--text=a", "--text=b"], "needs --image and --text"),
         (["--task=classify", "--image={images}", "--text=a"], "at least two labels"),
         (["--task=classify", "--image={images}", "--text=a", "--text="], "empty"),

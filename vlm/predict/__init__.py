@@ -1,12 +1,16 @@
-"""Uses a contrastive model from the command line: classify, retrieve, embed.
+"""Uses a model from the command line.
 
     python -m vlm.predict CHECKPOINT --task=classify --image=a.jpg --text=cat --text=狗 --template='a photo of {c}'
-    python -m vlm.predict CHECKPOINT --task=classify --image=photos/ --text=@labels.txt
     python -m vlm.predict CHECKPOINT --task=retrieve --image=photos/ --text='una playa al atardecer'
     python -m vlm.predict CHECKPOINT --task=embed --image=photos/ --text=@captions.txt --output=embeddings.npy
+    python -m vlm.predict CHECKPOINT --task=caption --image=photos/ --num_beams=3
+    python -m vlm.predict CHECKPOINT --task=answer --image=a.jpg --text='how many dogs are there?'
+    python -m vlm.predict CHECKPOINT --task=match --image=photos/ --text='a dog on a beach'
+    python -m vlm.predict CHECKPOINT --task=localise --image=a.jpg --text='a dog on a beach' --output=where.png
 
---image takes files and folders and may be repeated; --text takes texts in any language, or @FILE with one per line. The
-last line on standard output is one JSON object.
+--image takes files and folders and may be repeated; --text takes texts in any language, or @FILE with one per line:
+labels, queries, captions, questions; for captions how they begin. Every text is put to every image. The last line on
+standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,18 +18,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlm.errors import Parser, UserError, exit_on_user_error
 
-TASKS = ("classify", "retrieve", "embed")
+CONTRASTIVE, WRITING, GROUNDED = ("classify", "retrieve", "embed"), ("caption", "answer"), ("match", "localise")
+TASKS = (*CONTRASTIVE, *WRITING, *GROUNDED)
+OUTPUTS = {"embed": ".npy", "localise": ".png"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_TEXT_BYTES = 64 << 20
+GENERATION: dict[str, Any] = {
+    "max_new_tokens": int, "max_length": int, "min_new_tokens": int, "min_length": int, "num_beams": int,
+    "num_return_sequences": int, "do_sample": bool, "temperature": float, "top_k": int, "top_p": float,
+    "repetition_penalty": float, "no_repeat_ngram_size": int, "length_penalty": float, "seed": int,
+}  # fmt: skip
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -41,11 +49,19 @@ def arguments() -> argparse.ArgumentParser:
         "--template", action="append", default=[], metavar="TEXT", help="classify: prompt with {c}; repeat to average"
     )
     parser.add_argument("--top", type=int, default=5, metavar="K", help="answers shown per query (default 5)")
-    parser.add_argument("--output", metavar="FILE", help="embed: .npy, rows as in the JSON; others: .json")
+    parser.add_argument(
+        "--output", metavar="FILE", help="embed: .npy, rows as in the JSON; localise: .png; others: .json"
+    )
     parser.add_argument("--batch_size", type=int, default=16, metavar="N")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights and computation; default: as stored"
     )
+    parser.add_argument("--layer", type=int, metavar="N", help="localise: whose attention, from 0 (default 7 of 12)")
+    generation = parser.add_argument_group("caption and answer", "as vlm.generation.GenerationConfig has them")
+    for name, kind in GENERATION.items():
+        how: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind}
+        generation.add_argument(f"--{name}", **how)
+    generation.add_argument("--beam_normalisation", choices=("hf", "legacy"))
     return parser
 
 
@@ -110,15 +126,26 @@ def _check(options: argparse.Namespace, images: list[Path], texts: list[str]) ->
         raise UserError(f"no such checkpoint: {options.checkpoint}")
     if options.top < 1 or options.batch_size < 1:
         raise UserError("--top and --batch_size: expected at least 1")
-    if options.task != "embed" and not (images and texts):
-        raise UserError(f"--task={options.task} needs --image and --text")
-    if options.task == "embed" and not (images or texts):
-        raise UserError("--task=embed needs --image or --text")
+    if options.task == "embed":
+        if not (images or texts):
+            raise UserError("--task=embed needs --image or --text")
+    elif not images or not (texts or options.task == "caption"):
+        needed = "--image" if options.task == "caption" else "--image and --text"
+        raise UserError(f"--task={options.task} needs {needed}")
+    if options.task == "caption" and len(texts) > 1:
+        raise UserError(f"--task=caption takes one --text, how captions begin, found {len(texts)}")
+    if options.task == "localise" and not (len(images) == len(texts) == 1 and options.output):
+        raise UserError("--task=localise needs one --image, one --text and --output=FILE.png")
+    given = generation_flags(options)
+    if given and options.task not in WRITING:
+        raise UserError(f"--{next(iter(given))} belongs to --task=caption and answer, found --task={options.task}")
+    if options.layer is not None and options.task != "localise":
+        raise UserError(f"--layer belongs to --task=localise, found --task={options.task}")
     if options.task == "classify" and len(texts) < 2:
         raise UserError(f"--task=classify needs at least two labels, found --text={texts[0]}")
     if options.template and options.task != "classify":
         raise UserError(f"--template belongs to --task=classify, found --task={options.task}")
-    suffix = ".npy" if options.task == "embed" else ".json"
+    suffix = OUTPUTS.get(options.task, ".json")
     if options.output:
         output = Path(options.output)
         if output.suffix != suffix:
@@ -127,107 +154,30 @@ def _check(options: argparse.Namespace, images: list[Path], texts: list[str]) ->
             raise UserError(f"--output: cannot write {output}")
 
 
+def generation_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """The generation settings that were given."""
+    names = (*GENERATION, "beam_normalisation")
+    return {name: getattr(options, name) for name in names if getattr(options, name) not in (None, False)}
+
+
 def _predict(options: argparse.Namespace, images: list[Path], texts: list[str]) -> dict[str, Any]:
     from vlm.data.image import decode
     from vlm.evaluation import prompts
-    from vlm.evaluation.embed import Embedder
-    from vlm.evaluation.zero_shot import class_embeddings
     from vlm.loading import load
+    from vlm.predict import contrastive, grounded, writing
+    from vlm.predict.output import write
 
-    templates = prompts.load_templates(options.template or ["{c}"])
+    prompts.load_templates(options.template or ["{c}"])
+    settings = writing.settings(options.task, generation_flags(options)) if options.task in WRITING else None
     if images:
         decode(images[0])  # a wrong path or format shows before a large model is loaded
-    model, params, processor = load(options.checkpoint, dtype=options.dtype)
-    if processor is None:
+    loaded = load(options.checkpoint, dtype=options.dtype)
+    if loaded[2] is None:
         raise UserError(f"{options.checkpoint} has no tokenizer and image settings")
-    embedder = Embedder(model, params, processor, batch_size=options.batch_size)
-    embedder.check(images=bool(images), texts=bool(texts))
-    names, image_embeds = [str(path) for path in images], embedder.pictures(images)
-    if options.task == "classify":
-        classes = class_embeddings(embedder, texts, templates)
-        scale = float(np.exp(np.asarray(params["logit_scale"], np.float32))) if "logit_scale" in params else 100.0
-        answer = classify(names, image_embeds, texts, classes, scale, options.top)
-    elif options.task == "retrieve":
-        answer = retrieve(names, image_embeds, texts, embedder.texts(texts), options.top)
+    if settings is not None:
+        answer = writing.run(options, images, texts, loaded, settings)
     else:
-        parts = [image_embeds] if images else []
-        return embed(
-            names, texts, np.concatenate([*parts, *([embedder.texts(texts)] if texts else [])]), options.output
-        )
-    if options.output:
-        _write(Path(options.output), json.dumps(answer, indent=2, ensure_ascii=False).encode() + b"\n")
+        answer = (contrastive if options.task in CONTRASTIVE else grounded).run(options, images, texts, loaded)
+    if options.output and options.task not in OUTPUTS:
+        write(Path(options.output), json.dumps(answer, indent=2, ensure_ascii=False).encode() + b"\n")
     return answer
-
-
-def classify(
-    names: Sequence[str], images: np.ndarray, labels: Sequence[str], classes: np.ndarray, scale: float, top: int
-) -> dict[str, Any]:
-    """Prints the most likely labels of each image; probabilities are softmax(scale · cosine) over all labels."""
-    results = []
-    for name, cosines in zip(names, images @ classes.T, strict=True):
-        logits = scale * (cosines - cosines.max()).astype(np.float64)
-        probabilities = np.exp(logits) / np.exp(logits).sum()
-        best = np.argsort(-cosines, kind="stable")[:top]
-        print(name)
-        for index in best:
-            print(f"  {probabilities[index]:7.2%}  {labels[index]}")
-        found = [
-            {"label": labels[i], "probability": _round(probabilities[i]), "cosine": _round(cosines[i])} for i in best
-        ]
-        results.append({"image": name, "prediction": labels[best[0]], "labels": found})
-    return {"task": "classify", "results": results}
-
-
-def retrieve(
-    names: Sequence[str], images: np.ndarray, texts: Sequence[str], text_embeds: np.ndarray, top: int
-) -> dict[str, Any]:
-    """Prints the images nearest to each text and the texts nearest to each image."""
-    cosines = images @ text_embeds.T
-    by_text = _nearest(texts, names, cosines.T, top, ("text", "images", "image"))
-    by_image = _nearest(names, texts, cosines, top, ("image", "texts", "text"))
-    return {"task": "retrieve", "text_to_image": by_text, "image_to_text": by_image}
-
-
-def embed(names: Sequence[str], texts: Sequence[str], embeds: np.ndarray, output: str | None) -> dict[str, Any]:
-    """Writes or returns unit embeddings, images first, then texts."""
-    rows: list[dict[str, Any]] = [{"image": name} for name in names] + [{"text": text} for text in texts]
-    if output is None:
-        for row, vector in zip(rows, embeds, strict=True):
-            row["embedding"] = [_round(value) for value in vector]
-    else:
-        import io
-
-        buffer = io.BytesIO()
-        np.save(buffer, embeds)
-        _write(Path(output), buffer.getvalue())
-    print(f"{len(rows)} embeddings of width {embeds.shape[1]}" + (f" in {output}" if output else ""))
-    return {"task": "embed", "width": int(embeds.shape[1]), "output": output, "rows": rows}
-
-
-def _nearest(
-    queries: Sequence[str], items: Sequence[str], cosines: np.ndarray, top: int, keys: tuple[str, str, str]
-) -> list[dict[str, Any]]:
-    query_key, found_key, item_key = keys
-    results = []
-    for query, row in zip(queries, cosines, strict=True):
-        best = np.argsort(-row, kind="stable")[:top]
-        print(query)
-        for rank, index in enumerate(best, 1):
-            print(f"  {rank}. {row[index]:+.3f}  {items[index]}")
-        found = [{item_key: items[index], "cosine": _round(row[index])} for index in best]
-        results.append({query_key: query, found_key: found})
-    return results
-
-
-def _round(value: Any) -> float:
-    return round(float(value), 6)
-
-
-def _write(path: Path, content: bytes) -> None:
-    from vlm.manifest import write_atomically
-
-    write_atomically(path, content)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

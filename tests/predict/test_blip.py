@@ -1,0 +1,138 @@
+"""Captions, answers, matching and localisation from the command line, on model folders."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlm
+from vlm import predict
+from vlm.generation import generate
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_blip, tmp_path_factory):
+    """Saves the model of a task and returns its folder."""
+    made = {}
+
+    def make(task):
+        if task not in made:
+            made[task] = tmp_path_factory.mktemp(task) / "model"
+            vlm.save(made[task], *tiny_blip(task))
+        return made[task]
+
+    return make
+
+
+@pytest.fixture
+def run(folder, capsys):
+    def call(task, *arguments):
+        try:
+            status = predict.main([str(folder(task)), *map(str, arguments)])
+        except SystemExit as error:
+            status = error.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def images(scenes_folder):
+    return sorted((scenes_folder / "images").glob("test_*.png"))[:3]
+
+
+def answer(out):
+    return json.loads(out.splitlines()[-1])
+
+
+def test_captions(run, images, tiny_blip, tmp_path):
+    flags = [f"--image={path}" for path in images]
+    output = tmp_path / "o.json"
+    status, out, _ = run(
+        "caption", "--task=caption", *flags, "--batch_size=2", "--max_new_tokens=5", f"--output={output}"
+    )
+    assert status == 0 and json.loads(output.read_text()) == answer(out)
+    model, params, processor = tiny_blip("caption")
+    for path, row in zip(images, answer(out)["results"], strict=True):
+        batch = processor(images=[path], texts=["a picture of "])
+        settings = {"num_beams": 3, "min_length": 5, "beam_normalisation": "legacy", "max_new_tokens": 5}
+        found = generate(model, params, batch, **settings)
+        assert row["caption"] == processor.tokenizer.decode(found.completions[0].tolist())
+        assert row["score"] == pytest.approx(float(found.scores[0]), abs=1e-4) and row["image"] == str(path)
+    sampled = ("--do_sample", "--top_p=0.9", "--num_return_sequences=3", "--seed=1", "--max_new_tokens=4")
+    status, out, _ = run("caption", "--task=caption", flags[0], "--text=a five", *sampled)
+    row = answer(out)["results"][0]
+    assert status == 0 and len(row["all"]) == 3 and row["prompt"] == "a five"
+
+
+def test_answers(run, images, tiny_blip):
+    questions = ["which digit is larger?", "is there a two?"]
+    texts = [f"--text={q}" for q in questions]
+    status, out, _ = run(
+        "vqa", "--task=answer", f"--image={images[0]}", f"--image={images[1]}", *texts, "--num_beams=1"
+    )
+    rows = answer(out)["results"]
+    assert status == 0 and [row["question"] for row in rows] == questions * 2
+    model, params, processor = tiny_blip("vqa")
+    batch = processor(images=[images[1]], texts=[questions[0]])
+    found = generate(model, params, batch, max_length=10, min_length=1)
+    assert rows[2]["answer"] == processor.tokenizer.decode(found.completions[0].tolist())
+
+
+def test_matching_and_classes(run, images, tiny_blip):
+    texts = ["a five on the left", "a two on the right", "an eight"]
+    flags = [f"--text={text}" for text in texts]
+    status, out, _ = run("retrieval", "--task=match", f"--image={images[0]}", *flags, "--batch_size=2")
+    model, params, processor = tiny_blip("retrieval")
+    batch = processor(images=[images[0]] * 3, texts=texts)
+    logits = np.asarray(model.apply({"params": params}, **batch).itm_score, np.float64)
+    compared = model.apply({"params": params}, **batch, use_itm_head=False)
+    rows = answer(out)["results"]
+    expected = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
+    np.testing.assert_allclose([row["probability"] for row in rows], expected, atol=1e-4)
+    np.testing.assert_allclose([row["cosine"] for row in rows], compared.itm_score[0], atol=1e-4)
+    status, out, _ = run("retrieval", "--task=classify", f"--image={images[0]}", *flags)
+    found = {row["label"]: row["probability"] for row in answer(out)["results"][0]["labels"]}
+    logits = np.asarray(compared.logits_per_image[0], np.float64)  # cosines / temperature
+    np.testing.assert_allclose([found[text] for text in texts], np.exp(logits) / np.exp(logits).sum(), atol=1e-4)
+    status, out, _ = run("classification", "--task=match", f"--image={images[0]}", flags[0])
+    assert status == 0 and set(answer(out)["results"][0]) == {"image", "text", "probability"}
+
+
+def test_localise(run, images, tmp_path):
+    output = tmp_path / "where.png"
+    flags = [f"--image={images[0]}", "--text=a five on the left", f"--output={output}"]
+    status, out, _ = run("retrieval", "--task=localise", *flags)
+    found = answer(out)
+    assert status == 0 and [row["text"] for row in found["maps"]][2:] == ["a", "five", "on", "the", "left"]
+    assert all(0 < row["peak"][axis] < 1 for row in found["maps"] for axis in "xy")
+    assert Image.open(output).size[0] > 4 * 256 and not list(tmp_path.glob(".*"))
+    status, _, err = run("retrieval", "--task=localise", *flags, "--layer=9")
+    assert status == 2 and "layer: expected a number from 0 to 1" in err
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("retrieval", ["--task=caption"], "no decoder"),
+        ("vqa", ["--task=caption"], "questions"),
+        ("caption", ["--task=answer", "--text=a?"], "model that answers questions"),
+        ("caption", ["--task=match", "--text=a"], "neither a matching head nor a joint space"),
+        ("caption", ["--task=classify", "--text=a", "--text=b"], "cannot encode an image"),
+        ("caption", ["--task=localise", "--text=a", "--output={tmp}/x.png"], "matching head"),
+        ("retrieval", ["--task=localise", "--text=a"], "needs one --image, one --text and --output"),
+        ("retrieval", ["--task=localise", "--text=a", "--output={tmp}/x.jpg"], "ends in .png"),
+        ("retrieval", ["--task=match", "--text=a", "--num_beams=2"], "--num_beams belongs to --task=caption"),
+        ("retrieval", ["--task=match", "--text=a", "--layer=2"], "--layer belongs to"),
+        ("caption", ["--task=caption", "--text=a", "--text=b"], "takes one --text"),
+        ("caption", ["--task=caption", "--temperature=2"], "do_sample=True"),
+        ("caption", ["--task=caption", "--num_beams=0"], "num_beams: expected at least 1"),
+    ],
+)
+def test_wrong_calls(run, images, tmp_path, model, arguments, message):
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    status, out, err = run(model, f"--image={images[0]}", *given)
+    assert status == 2 and not out and not list(tmp_path.iterdir())
+    assert err.startswith("error: ") and len(err.strip().splitlines()) == 1 and message in err, err

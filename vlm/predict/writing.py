@@ -1,0 +1,59 @@
+"""What a model writes about images: captions, answers to questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.data.image import decode
+from vlm.evaluation.embed import Embedder
+from vlm.evaluation.writing import PRESETS, check_writes, generation_config, prompt_rows
+from vlm.generation import GenerationConfig, generate, prepare
+from vlm.predict.output import rounded
+
+
+def settings(task: str, given: Mapping[str, Any]) -> GenerationConfig:
+    """How the task's published results were generated, with what is given in its place; samples without beams.
+
+    Raises:
+      UserError: settings that contradict each other.
+    """
+    preset = {"caption": "coco", "answer": "vqa"}[task]
+    if given.get("do_sample"):
+        given = {"num_beams": 1, **given}
+    if given.get("num_beams", PRESETS[preset]["num_beams"]) == 1:
+        given = {"beam_normalisation": "hf", **given}
+    return generation_config(preset, given, "generation", several=True)
+
+
+def run(
+    options: Any, images: Sequence[Path], texts: Sequence[str], loaded: tuple[Any, Any, Any], config: GenerationConfig
+) -> dict[str, Any]:
+    """Prints and returns what the model writes about each image, best first."""
+    model, params, processor = loaded
+    prompt = texts[0] if texts else getattr(getattr(processor, "config", None), "prompt", "")
+    asks = options.task == "answer"
+    rows = processor(texts=list(texts[:1])) if asks else prompt_rows(processor, prompt, 1)
+    check_writes(Embedder(model, params, processor), rows, answers=asks)
+    prepared = prepare(model, params)
+    pairs = [(path, text) for path in images for text in (texts if asks else [prompt])]
+    results = []
+    for start in range(0, len(pairs), options.batch_size):
+        part = pairs[start : start + options.batch_size]
+        batch = processor(images=[decode(path) for path, _ in part])
+        asked = [text for _, text in part]
+        batch |= processor(texts=asked) if asks else prompt_rows(processor, prompt, len(part))
+        found = generate(model, prepared, batch, config=config)
+        said = [processor.tokenizer.decode(ids.tolist()).strip() for ids in found.completions]
+        count = config.num_return_sequences
+        for number, (path, text) in enumerate(part):
+            mine = slice(number * count, (number + 1) * count)
+            row = {"image": str(path)} | ({"question": text} if asks else {"prompt": text})
+            scores = [rounded(score) for score in found.scores[mine]]
+            row |= {options.task: said[mine][0], "score": scores[0]}
+            if count > 1:
+                row["all"] = [{"text": t, "score": s} for t, s in zip(said[mine], scores, strict=True)]
+            results.append(row)
+            print(path, f"\n  {text}" if asks else "", *(f"\n  {t}" for t in said[mine]), sep="")
+    return {"task": options.task, "results": results}
