@@ -156,6 +156,8 @@ def _pipeline(options: argparse.Namespace, folder: Path, index: int, mesh: Any, 
     paths = {"captioner": options.captioner, "filter": options.filter}
     loaded = {path: vlm.load(path, mesh=mesh, rules=rules, dtype=options.dtype) for path in set(paths.values())}
     captioner = Captioner(loaded[paths["captioner"]], generation, options.prompt, rows, options.max_words)
+    if loaded[paths["captioner"]][0].config.shared_decoder:
+        print("note: --captioner is a pretraining model; one fine-tuned for captions writes better", file=sys.stderr)
     matcher = Filter(loaded[paths["filter"]], mesh, axes)
     models = {name: fingerprint(loaded[path]) for name, path in paths.items()}
     claim_folder(folder, recorded(settings, generation, options.prompt, models))

@@ -74,7 +74,9 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output: not a folder: {folder}")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
+    # Hidden files are what other processes of this run, or killed ones, are writing or have left.
+    there = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if there and not (folder / SETTINGS).is_file():
         raise UserError(f"--output: {folder} holds other files and no {SETTINGS}; give a new folder")
 
 
@@ -121,7 +123,7 @@ def finished(folder: Path, shard: Shard) -> dict[str, Any] | None:
             "give a new --output"
         )
     there = output.stat().st_size if output.is_file() else 0
-    return counts if there == counts["bytes"] else None
+    return counts if there == counts.get("bytes") else None
 
 
 def write_counts(folder: Path, shard: Shard, counts: Mapping[str, Any]) -> None:
