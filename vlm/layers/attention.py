@@ -67,9 +67,10 @@ def attention_weights(
 
 
 def _scores(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+    query: AnyArray, key: AnyArray, value: AnyArray, mask: Mask
 ) -> tuple[Float[Array, "b k g l m"], Float[Array, "b k m d"]]:
     """Scaled, masked scores in float32, query heads grouped by the key/value head they share."""
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
     grouped = (query * width**-0.5).transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads, length, width)
@@ -133,14 +134,14 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
     fused: bool = False
 
-    def _project(self, name: str, x: jax.Array, heads: int) -> Float[Array, "b l h d"]:
+    def _project(self, name: str, x: AnyArray, heads: int) -> Float[Array, "b l h d"]:
         axes = ("embed", "heads" if name == "query" else "kv_heads")
         width = heads * self.head_dim
         y = Linear(width, axes, self.qkv_bias, self.qkv_init, dtype=self.dtype, name=name)(x)
         y = constrain(y, "batch", "length", "heads_activation")
         return y.reshape(*y.shape[:2], heads, self.head_dim)
 
-    def _project_fused(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project_fused(self, x: AnyArray) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values in one product; each key/value head's columns lie beside its query heads'."""
         kv_heads = self.num_kv_heads or self.num_heads
         groups = self.num_heads // kv_heads

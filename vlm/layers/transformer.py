@@ -84,7 +84,7 @@ class TransformerBlock(nn.Module):
         """One layer; the signature is what `jax.lax.scan` carries, scans over and broadcasts."""
         norm = partial(LayerNorm if self.norm == "layer" else RMSNorm, self.norm_eps, self.dtype)
         attention_norm, mlp_norm = norm(name="attention_norm"), norm(name="mlp_norm")
-        hidden = constrain(hidden, "batch", "length", "embed_activation")
+        hidden = constrain(jnp.asarray(hidden), "batch", "length", "embed_activation")
 
         branch, state, weights = self._attention()(
             attention_norm(hidden) if self.pre_norm else hidden,
@@ -204,7 +204,7 @@ def scan_layers(
     states = outputs.hidden
     if states is not None:
         states = jnp.concatenate([first[None].astype(states.dtype), states])
-    return StackOutput(hidden, states, outputs.attention, outputs.cross_attention, outputs.cache)
+    return StackOutput(jnp.asarray(hidden), states, outputs.attention, outputs.cross_attention, outputs.cache)
 
 
 def _rematerialised(block: Any, remat: Remat) -> Any:
