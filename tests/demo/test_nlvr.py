@@ -1,0 +1,162 @@
+"""NLVR scenes read off their pixels, recoloured, and stated about: everything against scenes drawn here."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from vlm.demo import nlvr, statements
+from vlm.demo.nlvr import Item
+
+SCATTERED = [
+    [("yellow", "circle", 30, 0, 40), ("black", "square", 10, 50, 50)],
+    [("blue", "triangle", 20, 30, 30)],
+    [],
+]
+TOWERS = [["black", "yellow"], ["blue"], ["black", "blue", "blue"]]
+
+
+def scattered() -> np.ndarray:
+    image = blank()
+    draw = ImageDraw.Draw(image)
+    for number, box in enumerate(SCATTERED):
+        for color, shape, size, top, left in box:
+            x, y = left + number * nlvr.STRIDE, top
+            corners = (x, y, x + size - 1, y + size - 1)
+            if shape == "triangle":
+                draw.polygon([(x, y + size - 1), (x + size - 1, y + size - 1), (x + size // 2, y)], nlvr.COLORS[color])
+            else:
+                getattr(draw, {"circle": "ellipse", "square": "rectangle"}[shape])(corners, nlvr.COLORS[color])
+    return np.asarray(image)
+
+
+def towers() -> np.ndarray:
+    image = blank()
+    draw = ImageDraw.Draw(image)
+    for number, tower in enumerate(TOWERS):
+        for level, color in enumerate(tower):
+            left, top = 40 + number * nlvr.STRIDE, 80 - 21 * level
+            draw.rectangle((left, top, left + 19, top + 19), nlvr.COLORS[color])
+    return np.asarray(image)
+
+
+def blank() -> Image.Image:
+    pixels = np.full((nlvr.SIDE, 400, 3), nlvr.WALL, np.uint8)
+    for number in range(3):
+        pixels[:, number * nlvr.STRIDE : number * nlvr.STRIDE + nlvr.SIDE] = nlvr.GROUND
+    return Image.fromarray(pixels)
+
+
+def test_parse_finds_every_object():
+    boxes = nlvr.parse(scattered())
+    assert boxes is not None
+    assert sorted(boxes[0]) == [
+        Item("black", "square", "small", 50, 50, False),
+        Item("yellow", "circle", "big", 0, 40, True),
+    ]
+    assert [item[:3] for item in boxes[1]] == [("blue", "triangle", "medium")] and boxes[2] == []
+    assert not statements.is_towers(boxes)
+
+
+def test_parse_gives_up_where_objects_melt():
+    image = Image.fromarray(scattered())
+    ImageDraw.Draw(image).rectangle((60, 50, 69, 59), nlvr.COLORS["black"])
+    assert nlvr.parse(np.asarray(image)) is None
+
+
+def test_recolour_exchanges_pixels_and_words():
+    change = {"yellow": "black", "black": "blue", "blue": "yellow"}
+    drawn, text = nlvr.recolour(scattered(), "A Black block over a yellow one", change)
+    assert text == "a blue block over a black one"
+    before, after = nlvr.parse(scattered()), nlvr.parse(drawn)
+    assert before is not None and after is not None
+    swapped = [sorted(item._replace(color=change[item.color]) for item in box) for box in before]
+    assert swapped == [sorted(box) for box in after]
+    unchanged = next(nlvr.colourings())
+    np.testing.assert_array_equal(nlvr.recolour(scattered(), "", unchanged)[0], scattered())
+    edge = np.array([[[233, 233, 105]]], np.uint8)  # half yellow, half ground
+    assert nlvr.recolour(edge, "", change)[0].tolist() == [[[105, 105, 105]]]
+
+
+@pytest.mark.parametrize("text,truth", [
+    ("there is a tower with exactly two blocks", True),
+    ("there is a tower with four blocks", False),
+    ("there is a tower with a yellow block at the top", True),
+    ("there is a tower with a yellow block at the base", False),
+    ("there are exactly two towers with a blue block at the top", True),
+    ("there is a tower with a blue block over a black block", True),
+    ("there is a tower with a black block above a blue block", False),
+    ("there is a tower with at least two blue blocks", True),
+    ("there is a tower with only black blocks", False),
+    ("there is a tower with only blue blocks", True),
+    ("the tower with three blocks has a black block at the base", True),
+    ("there are two towers with the same height", False),
+])  # fmt: skip
+def test_tower_sentences_are_true_of_the_scene(text, truth):
+    assert drawn_sentences(towers)[text] == truth
+
+
+@pytest.mark.parametrize("text,truth", [
+    ("there is exactly one yellow circle", True),
+    ("there is at least one triangle touching the edge", False),
+    ("there is exactly one object touching the wall", True),
+    ("there are at most two items not touching any edge", True),
+    ("there is a small black square", True),
+    ("there is a big black square", False),
+    ("there is a box with exactly two items", True),
+    ("there is a box with only blue items", True),
+    ("there is a box with items of all three colors", False),
+    ("each grey box contains at least one item", False),
+])  # fmt: skip
+def test_scattered_sentences_are_true_of_the_scene(text, truth):
+    assert drawn_sentences(scattered)[text] == truth
+
+
+@functools.cache
+def drawn_sentences(scene) -> dict[str, bool]:
+    boxes, rng = nlvr.parse(scene()), np.random.default_rng(0)
+    assert boxes is not None
+    pairs = [statements.statement(boxes, rng) for _ in range(15_000)]
+    truths = dict(pairs)
+    assert all(truths[text] == truth for text, truth in pairs)  # a sentence is never both
+    assert 0.4 < np.mean([truth for _, truth in pairs]) < 0.6
+    return truths
+
+
+def test_prepared_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(nlvr, "TEST_FROM", 10)
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, count in ((nlvr.TRAIN, 2), (nlvr.TEST, 12)):
+        with tarfile.open(source / name, "w") as archive:
+            for number in range(count):
+                row = {"sentence": f"There is a Yellow item {number}", "label": "true" if number % 2 else "false"}
+                content = {"json": json.dumps(row).encode(), "png": nlvr.png(scattered())}
+                for suffix, data in content.items():
+                    info = tarfile.TarInfo(f"dev-{number:04d}.{suffix}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    folder = nlvr.prepare_nlvr(source, tmp_path / "nlvr")
+    read = lambda name: json.loads((folder / name).read_text())  # noqa: E731
+    human, test = read("human.json"), read("test.json")
+    assert len(human) == 12 and {row["text"] for row in human[:6]} == {
+        f"there is a {color} item 0" for color in nlvr.COLORS
+    }
+    assert len(read("statements.json")) == 12 * nlvr.STATEMENTS_PER_COLOURING
+    assert [row["text"] for row in test] == ["There is a Yellow item 10", "There is a Yellow item 11"]
+    assert [row["label"] for row in test] == [False, True]
+    assert "10" not in (folder / "tokenizer" / "vocab.txt").read_text()
+    canvas = np.asarray(Image.open(folder / test[0]["image"]))
+    np.testing.assert_array_equal(canvas[:100, 108:], scattered()[:, 150:250])
+
+
+def test_missing_archive_is_named(tmp_path):
+    with pytest.raises(nlvr.UserError, match=r"nlvr_dev600_perm1to5\.tar"):
+        nlvr.prepare_nlvr(tmp_path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

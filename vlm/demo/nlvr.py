@@ -1,0 +1,207 @@
+"""NLVR (Suhr et al. 2017): true or false sentences about three boxes of coloured shapes, made ready for BLIP.
+
+    human.json, test.json          [{"image", "text", "label"}]: people's sentences; training ones in all six colourings
+    statements.json                generated sentences about the training scenes, half of them true
+    images/…                       208 × 208 pixels: the three boxes of a scene, the fourth corner empty
+    tokenizer/vocab.txt            the words of the training sentences, and letters for all others
+
+There are only 600 human training sentences (239 different ones), each about five arrangements of the same boxes: few
+for learning to see and to read. So captions are bootstrapped, as BLIP does with web images, here by a program: it
+reads the objects off the clean drawings (`parse`) and states something about them (`vlm.demo.statements`).
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vlm.data.tar import TarSource
+from vlm.demo.prepare import png
+from vlm.demo.statements import statement
+from vlm.errors import UserError
+
+TRAIN, TEST, TEST_FROM = "nlvr_dev600_perm1to5.tar", "nlvr_dev_perm0.tar", 600
+COLORS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
+GROUND, WALL = 211, 128
+SIDE, STRIDE, CANVAS = 100, 150, 208
+SHAPES = {"square": 1.0, "circle": 0.77, "triangle": 0.5}
+VOCABULARY = 256
+SIZES = {"small": 10, "medium": 20, "big": 30}
+STATEMENTS_PER_COLOURING = 3
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class Item(NamedTuple):
+    """An object of a scene: where it is in its box (pixels, from the top left corner) and what it looks like."""
+
+    color: str
+    shape: str
+    size: str
+    top: int
+    left: int
+    walls: bool
+
+
+def prepare_nlvr(source: str | os.PathLike, folder: str | os.PathLike, seed: int = 0) -> Path:
+    """Writes the folder, whole or not at all; a folder that is there already is left as it is. Returns it.
+
+    Raises:
+        UserError: `source` lacks the two archives of scenes.
+    """
+    source, folder = Path(source), Path(folder)
+    if folder.exists():
+        return folder
+    for name in (TRAIN, TEST):
+        if not (source / name).is_file():
+            raise UserError(f"{source}: expected NLVR's scenes in {TRAIN} and {TEST}, found no {name}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        (draft / "images").mkdir(parents=True)
+        sentences = _write_train(draft, source / TRAIN, np.random.default_rng(seed))
+        _write_test(draft, source / TEST)
+        (draft / "tokenizer").mkdir()
+        (draft / "tokenizer" / "vocab.txt").write_text("\n".join([*vocabulary(sentences), ""]), encoding="utf-8")
+        os.rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def parse(pixels: np.ndarray) -> list[list[Item]] | None:
+    """The objects of each of the three boxes; None where some touch in the same colour and cannot be told apart.
+
+    Args:
+        pixels: uint8[100, 400, 3], a scene as published.
+    """
+    from scipy import ndimage
+
+    label: Any = ndimage.label  # its annotation knows no tuple
+
+    boxes = []
+    for start in range(0, 3 * STRIDE, STRIDE):
+        box, items = pixels[:, start : start + SIDE], []
+        for color, rgb in COLORS.items():
+            marked, _ = label((box == rgb).all(-1))
+            places: Any = ndimage.find_objects(marked)
+            for index, place in enumerate(places):
+                item = _item(color, marked[place] == index + 1, place)
+                if item is None:
+                    return None
+                items.append(item)
+        boxes.append(items)
+    return boxes
+
+
+def _item(color: str, drawn: np.ndarray, place: tuple[slice, slice]) -> Item | None:
+    height, width = drawn.shape
+    size = next((name for name, side in SIZES.items() if abs(max(height, width) - side) <= 2), None)
+    shape = min(SHAPES, key=lambda name: abs(SHAPES[name] - drawn.mean()))
+    if size is None or abs(height - width) > 4 or abs(SHAPES[shape] - drawn.mean()) > 0.1:
+        return None
+    rows, columns = place
+    walls = min(rows.start, columns.start) <= 1 or max(rows.stop, columns.stop) >= SIDE - 1
+    return Item(color, shape, size, rows.start, columns.start, walls)
+
+
+def arrange(pixels: np.ndarray) -> np.ndarray:
+    """The three boxes of a scene uint8[100, 400, 3] on a square canvas uint8[208, 208, 3], row by row."""
+    canvas = np.full((CANVAS, CANVAS, 3), WALL, np.uint8)
+    for number in range(3):
+        row, column = (CANVAS - SIDE) * (number // 2), (CANVAS - SIDE) * (number % 2)
+        canvas[row : row + SIDE, column : column + SIDE] = pixels[:, number * STRIDE : number * STRIDE + SIDE]
+    return canvas
+
+
+def recolour(pixels: np.ndarray, text: str, change: Mapping[str, str]) -> tuple[np.ndarray, str]:
+    """The scene and its sentence with colours exchanged in both; edges stay as soft as they were."""
+    packed = pixels.reshape(-1, 3).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    colours, places = np.unique(packed, return_inverse=True)
+    palette = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=1).astype(np.float64)
+    offset, tints = palette - GROUND, {name: np.asarray(rgb) - float(GROUND) for name, rgb in COLORS.items()}
+    shares = {name: offset @ tint / (tint @ tint) for name, tint in tints.items()}
+    rest = np.stack([np.abs(offset - shares[name][:, None] * tint).sum(-1) for name, tint in tints.items()])
+    mixed = (rest.min(axis=0) < 12) & ~np.all(palette == WALL, axis=1)
+    for index, name in enumerate(tints):
+        mine = mixed & (rest.argmin(axis=0) == index) & (shares[name] > 0.05)
+        if change[name] != name:
+            palette[mine] = GROUND + shares[name][mine][:, None] * tints[change[name]]
+    words = re.sub("|".join(COLORS), lambda match: change[match.group()], text.lower())
+    return np.clip(np.round(palette), 0, 255).astype(np.uint8)[places].reshape(pixels.shape), words
+
+
+def colourings() -> Iterator[dict[str, str]]:
+    """The six ways to exchange three colours; the first changes nothing."""
+    for names in itertools.permutations(COLORS):
+        yield dict(zip(COLORS, names, strict=True))
+
+
+def vocabulary(sentences: list[str]) -> list[str]:
+    """BERT's special tokens, single characters, the words of the sentences, and free places up to `VOCABULARY`.
+
+    Raises:
+        UserError: more different words than there are places.
+    """
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = sorted({word for text in sentences for word in re.findall(r"[a-z0-9]+|[^\sa-z0-9]", text.lower())})
+    pieces = list(dict.fromkeys([*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words]))
+    if len(pieces) > VOCABULARY:
+        raise UserError(f"the sentences need a vocabulary of {len(pieces)} words and letters, more than {VOCABULARY}")
+    return pieces + [f"[unused{index}]" for index in range(VOCABULARY - len(pieces))]
+
+
+def _write_train(folder: Path, archive: Path, rng: np.random.Generator) -> list[str]:
+    human, generated = [], []
+    for number, example in enumerate(_examples(archive)):
+        pixels, label = _pixels(example), _label(example)
+        boxes = parse(pixels)
+        for index, change in enumerate(colourings()):
+            drawn, text = recolour(pixels, example["text"], change)
+            image = f"images/train_{number:04d}_{index}.png"
+            (folder / image).write_bytes(png(arrange(drawn)))
+            human.append({"image": image, "text": text, "label": label})
+            for _ in range(STATEMENTS_PER_COLOURING if boxes else 0):
+                seen = [[item._replace(color=change[item.color]) for item in box] for box in boxes or []]
+                text, truth = statement(seen, rng)
+                generated.append({"image": image, "text": text, "label": truth})
+    _write_json(folder / "human.json", human)
+    _write_json(folder / "statements.json", generated)
+    return [row["text"] for row in (*human, *generated)]
+
+
+def _write_test(folder: Path, archive: Path) -> None:
+    rows = []
+    for number, example in enumerate(itertools.islice(_examples(archive), TEST_FROM, None)):
+        image = f"images/test_{number:04d}.png"
+        (folder / image).write_bytes(png(arrange(_pixels(example))))
+        rows.append({"image": image, "text": example["text"], "label": _label(example)})
+    _write_json(folder / "test.json", rows)
+
+
+def _examples(archive: Path) -> Iterator[dict[str, Any]]:
+    fields = {"image": "png", "text": "json/sentence", "label": "json/label"}
+    source = TarSource(str(archive), fields=fields)
+    yield from (source[index] for index in range(len(source)))
+
+
+def _pixels(example: Mapping[str, Any]) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(example["image"])).convert("RGB"))
+
+
+def _label(example: Mapping[str, Any]) -> bool:
+    return str(example["label"]).lower() == "true"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
