@@ -26,17 +26,17 @@ A task starts from a model of its own kind and image size, made once from a pret
 
 (the dialog model from that for retrieval).
 
-Small ones, for two CPU cores: `tiny` (pretraining on the digits that `python -m vlm.demo --output=demo_output
---data_only` prepares, seconds), `digits_caption` and `digits_vqa` (two-digit scenes, at least 90 % exact captions and
-answers in five minutes), and `nlvr_tiny` (below). `configs/blip.py:VARIANT,FOLDER` reads the data from FOLDER instead.
+Small ones, for two CPU cores, on the two-digit scenes that `python -m vlm.demo --output=demo_output --data_only`
+prepares: `tiny` (pretraining, seconds), `digits_caption` and `digits_vqa` (at least 90 % exact captions and right
+answers in five minutes each); and `nlvr_tiny` (below). `configs/blip.py:VARIANT,FOLDER` reads from FOLDER instead.
 
 Batch sizes are the paper's, over all devices. A group of `loss.group_size` rows is what one GPU held in the original:
 contrastive candidates and hard negatives of a row come from its group, further candidates from the queue.
 """
 
-import os
-
 from ml_collections import ConfigDict
+
+from vlm.demo import nlvr, scenes
 
 VIT_B = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
 VIT_L = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096, "drop_path_rate": 0.1}
@@ -198,14 +198,15 @@ DRY = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 def _small(task: str, image_size: int, patch_size: int, vocab_size: int, max_length: int, width: dict) -> ConfigDict:
     """A small model of one task for CPUs. [DEC] and [ENC] follow the vocabulary."""
     size = width["hidden_size"]
-    stack = {**width, **DRY, "vocab_size": vocab_size + 2, "max_length": max_length, "context_size": size}
+    stack = {**width, **DRY, "init_std": size**-0.5, "context_size": size}
+    stack |= {"vocab_size": vocab_size + 2, "max_length": max_length}
     parts = dict(PARTS["classification" if task == "matching" else task])
     if task == "matching":
         parts |= {"num_labels": None, "itm": True}
     parts |= {name: stack for name in ("text", "decoder") if parts.get(name) is not None}
     parts |= {"projection_dim": 32} if task == "pretrain" else {}
     ids = {"bos_id": vocab_size, "enc_id": vocab_size + 1}
-    vision = {**VIT, **width, "image_size": image_size, "patch_size": patch_size}
+    vision = {**VIT, **width, "image_size": image_size, "patch_size": patch_size, "init": "clip"}
     config = ConfigDict({"family": "blip", "model": {"vision": vision, **parts, **ids}})
     config.loss = {"objective": task}
     config.processor = {
@@ -216,72 +217,81 @@ def _small(task: str, image_size: int, patch_size: int, vocab_size: int, max_len
     return config
 
 
-BERT_IDS = {"cls_id": 101, "sep_id": 102, "pad_id": 0}
-BERT_VOCAB = 30_522
+SCENE_IDS = {"cls_id": 2, "sep_id": 3, "pad_id": 0}
 
 
 def _tiny(folder: str) -> ConfigDict:
-    """Pretraining on real handwritten digits and English captions; the whole step, small. Seconds on a CPU."""
-    folder = folder or "demo_output"
-    config = _small("pretrain", 16, 4, BERT_VOCAB, 16, SMALL)
-    config.model.update(BERT_IDS)
+    """Pretraining on scenes of two handwritten digits: the whole step, small. Seconds on a CPU."""
+    config = _scenes("pretrain", folder)
     config.loss.update({"queue_size": 256, "alpha_steps": 20, "group_size": 16})
-    config.processor.tokenizer = f"{folder}/data/tokenizers/bert"
-    fields = {"image": "image", "text": "en"}
-    path = f"{folder}/data/digits/1.0.0"
-    config.data = {
-        "batch_size": 32,
-        "sources": ({"kind": "tfds", "path": path, "split": "train", "fields": fields},),
-    }
+    config.data.batch_size = 32
     config.optimizer = _adamw(1e-3, {"name": "cosine", "warmup_steps": 5})
     config.train = {"steps": 40, "log_every": 10}
     return config
 
 
 def _nlvr_tiny(folder: str) -> ConfigDict:
-    """True or false: human sentences about 3,000 real NLVR scenes (Suhr et al. 2017), 20 minutes on two CPU cores.
+    """True or false: people's sentences about NLVR's drawn scenes (Suhr et al. 2017), 20 minutes on two CPU cores.
 
-    python train.py --config=configs/blip.py:nlvr_tiny,../shared/data/nlvr --workdir=runs/nlvr_tiny
-
-    Each of 600 sentences is shown with five arrangements of its boxes; sentences from number 600 on of
-    `nlvr_dev_perm0.tar` are held out. The majority class is 55.3 % of them. FOLDER defaults to the environment variable
-    NLVR_DATA, then to data/nlvr; its `bert` file or the variable BERT_VOCAB names the English uncased vocabulary.
+    `python -m vlm.demo nlvr --nlvr=FOLDER` prepares the data (`vlm.demo.nlvr`: 600 sentences in all colourings, and
+    generated ones), trains this and evaluates it on the 389 scenes from number 600 on of `nlvr_dev_perm0.tar`.
     """
-    folder = folder or os.environ.get("NLVR_DATA", "data/nlvr")
+    folder = f"{folder or 'demo_output'}/nlvr"
     width = {"hidden_size": 128, "num_layers": 3, "num_heads": 4, "mlp_dim": 512}
-    config = _small("matching", 96, 12, BERT_VOCAB, 40, width)
-    config.model.update(BERT_IDS)
-    config.processor.tokenizer = os.environ.get("BERT_VOCAB", "checkpoints/bert-base-uncased")
-    config.processor.augment = {"scale": (1.0, 1.0), "flip": 0.0}
-    fields = {"image": "png", "text": "json/sentence", "label": "json/label"}
+    config = _small("matching", nlvr.CANVAS // 2, 8, nlvr.VOCABULARY, 40, width)
+    config.model.update(SCENE_IDS)
+    config.processor.tokenizer = f"{folder}/tokenizer"
+    sources = {"human": 1.0, "statements": 2.0}
     config.data = {
-        "batch_size": 32,
-        "sources": ({"kind": "tar", "path": f"{folder}/nlvr_dev600_perm1to5.tar", "fields": fields},),
+        "batch_size": 64,
+        "sources": tuple(
+            {"kind": "json", "path": f"{folder}/{name}.json", "weight": weight} for name, weight in sources.items()
+        ),
     }
-    config.optimizer = _adamw(5e-4, {"name": "cosine", "warmup_steps": 200}, grad_clip_norm=1.0)
-    config.train = {"steps": 4000, "log_every": 100, "checkpoint_every": 1000}
+    schedule = {"name": "cosine", "warmup_steps": 200}
+    config.optimizer = _adamw(1e-3, schedule, betas=(0.9, 0.98), grad_clip_norm=1.0)
+    config.train = {"steps": 3000, "log_every": 100, "eval_every": 500}
+    test = {"kind": "json", "path": f"{folder}/test.json"}
+    config.eval = {"nlvr": {"kind": "nlvr2", "head": "match", "data": test, "batch_size": 128}}
     return config
 
 
 def _digits_caption(folder: str) -> ConfigDict:
-    """Reads the number that a scene of two handwritten digits shows: at least 90 % of held-out captions are exact."""
-    return _scenes("caption", folder, {"image": "image", "text": "text"})
+    """Says what a scene of two handwritten digits shows: at least 90 % of held-out captions are exact."""
+    config = _scenes("caption", folder)
+    data = {"kind": "json", "path": f"{folder or 'demo_output'}/scenes/caption_test.json"}
+    preset = {"preset": "greedy", "generation": {"max_new_tokens": 16}}
+    config.eval = {"captions": {"kind": "captions", "data": data, "batch_size": 100, **preset}}
+    return config
 
 
 def _digits_vqa(folder: str) -> ConfigDict:
-    """Answers questions about scenes of two handwritten digits: at least 90 % of held-out answers are right."""
-    return _scenes("vqa", folder, {"image": "image", "question": "question", "answer": "answer"})
+    """Answers questions about scenes of two handwritten digits: at least 90 % of held-out answers are right.
+
+    Starts from the image encoder of `digits_caption`, which has learned to read.
+    """
+    config = _scenes("vqa", folder)
+    config.init = ({"path": f"{folder or 'demo_output'}/digits_caption", "include": "vision/.*"},)
+    config.processor.update({"max_answers": 1, "answer_length": 4})
+    folder = f"{folder or 'demo_output'}/scenes"
+    common = {"kind": "vqa", "data": {"kind": "json", "path": f"{folder}/vqa_test.json"}, "batch_size": 100}
+    written = {"mode": "generate", "preset": "greedy", "generation": {"max_new_tokens": 3}}
+    config.eval = {
+        "vqa": {**common, **written},
+        "vqa_ranked": {**common, "mode": "rank", "answer_list": f"{folder}/answer_list.json"},
+    }
+    return config
 
 
-def _scenes(task: str, folder: str, fields: dict) -> ConfigDict:
-    folder = folder or "demo_output"
-    config = _small(task, 32, 4, BERT_VOCAB, 24, SMALL)
-    config.model.update(BERT_IDS)
-    config.processor.update({"tokenizer": f"{folder}/data/tokenizers/bert", "prompt": ""})
-    if task == "vqa":
-        config.processor.update({"max_answers": 1, "answer_length": 6, "single_answer_weight": 1.0})
-    path = f"{folder}/data/scenes/{task}_train.jsonl"
-    config.data = {"batch_size": 64, "sources": ({"kind": "jsonl", "path": path, "fields": fields},)}
-    config.optimizer = _adamw(1e-3, {"name": "cosine", "warmup_steps": 50}, grad_clip_norm=1.0)
-    config.train = {"steps": 1500, "log_every": 100}
+def _scenes(task: str, folder: str) -> ConfigDict:
+    folder = f"{folder or 'demo_output'}/scenes"
+    config = _small(task, scenes.SIZE, 4, len(scenes.vocabulary()), 20, SMALL)
+    config.model.update(SCENE_IDS)
+    config.processor.update({"tokenizer": f"{folder}/tokenizer", "prompt": scenes.PROMPT})
+    path = f"{folder}/{'vqa' if task == 'vqa' else 'caption'}_train.json"
+    config.data = {"batch_size": 64, "sources": ({"kind": "json", "path": path},)}
+    config.loss.label_smoothing = 0.0
+    schedule = {"name": "cosine", "warmup_steps": 100}
+    config.optimizer = _adamw(2e-3, schedule, betas=(0.9, 0.98), grad_clip_norm=1.0)
+    config.train = {"steps": 1000, "log_every": 100}
     return config

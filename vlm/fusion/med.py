@@ -43,6 +43,8 @@ class MedConfig:
 
     Attributes:
       context_size: width of what cross-attention reads (the image encoder's; for VQA's decoder the text encoder's).
+      init_std: of the layers' random kernels; small models need more than BERT's 0.02, about hidden_size**-0.5, or what
+        they read is lost beside the residual stream.
       pooler: tanh(Linear(first token)) as `pooler_output` instead of the first token itself (HF's BlipModel only).
       remat, scan_unroll: see `layers.transformer.scan_layers`.
     """
@@ -59,6 +61,7 @@ class MedConfig:
     norm_eps: float = 1e-12
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
+    init_std: float = 0.02
     pooler: bool = False
     dtype: str = "float32"
     remat: Remat = "none"
@@ -119,7 +122,8 @@ class MedLayer(nn.Module):
         if context is not None or caches[1] is not None:
             hidden, cross, cross_weights = self._cross_attention(hidden, context, context_mask, caches[1])
         config, dtype = self.config, hidden.dtype
-        branch = MLP(config.mlp_dim, config.activation, dtype=dtype, name="mlp")(hidden)
+        inits = (nn.initializers.normal(config.init_std),) * 2
+        branch = MLP(config.mlp_dim, config.activation, True, *inits, dtype=dtype, name="mlp")(hidden)
         hidden = self._add("mlp_norm", hidden, branch)
         states = hidden if self.output_hidden_states else None
         return hidden, LayerOutput(states, weights, cross_weights, (own, cross) if self.fused else None)
@@ -166,10 +170,12 @@ class MedLayer(nn.Module):
         return self._add("cross_attention_norm", hidden, branch), None, weights
 
     def _attention(self, name: str, fused: bool = False) -> Attention:
-        config = self.config
+        config, init = self.config, nn.initializers.normal(self.config.init_std)
         return Attention(
             config.num_heads,
             config.head_dim,
+            qkv_init=init,
+            out_init=init,
             dropout_rate=config.attention_dropout_rate,
             dtype=jnp.dtype(config.dtype),
             fused=fused,
