@@ -10,13 +10,13 @@ from vlm.errors import UserError
 from vlm.evaluation.captions import image_number
 from vlm.evaluation.metrics import captions, files
 from vlm.evaluation.writing import generation_config
-from vlm.generation import generate
+from vlm.generation import generate, prepare
 
 
 @pytest.fixture
 def spec(scenes_folder):
     data = {"kind": "json", "path": str(scenes_folder / "caption_test.json"), "split": "[:9]"}
-    generation = {"max_length": None, "max_new_tokens": 6}
+    generation = {"max_new_tokens": 4}
     return {"kind": "captions", "data": data, "bootstrap": {"resamples": 10}, "generation": generation, "batch_size": 4}
 
 
@@ -27,11 +27,12 @@ def test_equals_one_image_at_a_time(tiny_blip, spec, tmp_path, mesh8):
     official = files.caption_results(tmp_path / "r.c.results.json")
     source = evaluation.prepare({"c": spec}).evaluators["c"][0].source
     references = {}
+    prepared = prepare(model, params)
     for index in range(9):
         example = source[index]
         batch = processor(images=[example["image"]], texts=["a picture of "])
-        settings = {"num_beams": 3, "max_new_tokens": 6, "min_length": 5, "beam_normalisation": "legacy"}
-        found = generate(model, params, batch, **settings)
+        settings = {"num_beams": 3, "max_new_tokens": 4, "min_length": 5, "beam_normalisation": "legacy"}
+        found = generate(model, prepared, batch, **settings)
         assert official[example["image_id"]] == processor.tokenizer.decode(found.completions[0].tolist())
         references[example["image_id"]] = example["caption"]
     assert len(official) == 9 and len(set(official.values())) > 1

@@ -39,12 +39,12 @@ def test_equals_a_loop_over_pairs(tiny_blip, spec, mesh8):
     examples = [source[index] for index in range(7)]
     texts = [example["caption"][0] for example in examples]
     batch = processor(images=[example["image"] for example in examples], texts=texts)
-    compared = model.apply({"params": params}, **batch, use_itm_head=False)
+    compared = jax.jit(lambda batch: model.apply({"params": params}, **batch, use_itm_head=False))(batch)
+    head = jax.jit(lambda batch: model.apply({"params": params}, **batch).itm_score[:, 1])
     cosines = np.asarray(compared.image_embeds @ compared.text_embeds.T)
     logits = np.zeros((7, 7))
     for image in range(7):
-        rows = {"image": np.repeat(batch["image"][image : image + 1], 7, 0), "tokens": batch["tokens"]}
-        logits[image] = model.apply({"params": params}, **rows, mask=batch["mask"]).itm_score[:, 1]
+        logits[image] = head(batch | {"image": np.repeat(batch["image"][image : image + 1], 7, 0)})
     expected = {}
     for name, scores in (("itm/", logits), ("", logits + cosines)):
         ways = []
@@ -66,10 +66,9 @@ def test_equals_a_loop_over_pairs(tiny_blip, spec, mesh8):
     both = [metrics[f"r/{way}_mean_recall"] for way in ("image_to_text", "text_to_image")]
     assert metrics["r/mean_recall"] == pytest.approx(np.mean(both))
     assert metrics["r/text_to_image_median_rank"] >= 1
-    for change in ({"batch_size": 7, "texts_per_step": 5}, {}):
-        with jax.set_mesh(mesh8):
-            again = evaluation.run({"r": spec | change}, model, params, processor, progress=False)
-        assert again == pytest.approx(metrics)
+    with jax.set_mesh(mesh8):
+        again = evaluation.run({"r": spec | {"texts_per_step": 5}}, model, params, processor, progress=False)
+    assert again == pytest.approx(metrics)
 
 
 def test_each_pair_is_matched_once_and_every_score_is_right(tiny_blip, spec, tmp_path):
@@ -132,6 +131,6 @@ def test_zero_shot_classification_with_blip(tiny_blip, scenes_folder):
     source = evaluation.prepare({"z": spec}).evaluators["z"][0].source
     images = [source[index]["image"] for index in range(3)]
     batch = processor(images=images, texts=[f"a picture of {name}" for name in names])
-    found = model.apply({"params": params}, **batch, use_itm_head=False)
+    found = jax.jit(lambda batch: model.apply({"params": params}, **batch, use_itm_head=False))(batch)
     cosines = np.asarray(found.logits_per_image) * np.asarray(params["temperature"])
     assert metrics["z/top1"] == pytest.approx((cosines.argmax(1) == np.arange(3)).mean())

@@ -37,9 +37,10 @@ def test_equals_one_statement_at_a_time(tiny_blip, spec, tmp_path, mesh8, task):
     source = evaluation.prepare({"s": settings}).evaluators["s"][0].source
     predicted, labels = {}, {}
     lines = [json.loads(line) for line in (tmp_path / "r.s.jsonl").read_text().splitlines()]
+    apply = jax.jit(lambda batch: model.apply({"params": params}, **batch))
     for index, row in enumerate(rows):
         batch = processor(images=[source[index]["image"]], texts=[row["sentence"]])
-        found = model.apply({"params": params}, **batch)
+        found = apply(batch)
         logits = np.asarray(found.logits if task == "nlvr" else found.itm_score)[0]
         predicted[row["identifier"]] = bool(logits[1] > logits[0])
         labels[row["identifier"]] = row["label"] == "True"

@@ -29,20 +29,21 @@ def losses(tiny_blip):
     """Explicit losses [questions, answers], and the probability of each answer's first token."""
     model, params, processor = tiny_blip("vqa")
 
+    apply = jax.jit(lambda **batch: model.apply({"params": params}, **batch).logits)
+
     def compute(examples, smoothing):
         total, first = np.zeros((len(examples), len(ANSWERS))), np.zeros((len(examples), len(ANSWERS)))
+        answers = processor.tokenizer(list(ANSWERS))
         for row, example in enumerate(examples):
             batch = processor(images=[example["image"]], texts=[example["question"]])
-            for column, answer in enumerate(ANSWERS):
-                tokens = processor.tokenizer([answer])["tokens"]
-                found = model.apply(
-                    {"params": params}, **batch, answer_tokens=tokens, answer_mask=np.ones(tokens.shape, bool)
-                )
-                log_probs = np.asarray(jax.nn.log_softmax(found.logits[0]), np.float64)
-                first[row, column] = log_probs[0, tokens[0, 1]]
-                for place, token in enumerate(tokens[0, 1:]):
-                    right = (1 - smoothing) * log_probs[place, token]
-                    total[row, column] -= right + smoothing * log_probs[place].mean()
+            texts = {"answer_tokens": answers["tokens"][None], "answer_mask": answers["mask"][None]}
+            logits = np.asarray(apply(**batch, **texts)[0], np.float64)
+            log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            for column, (tokens, mask) in enumerate(zip(answers["tokens"], answers["mask"], strict=True)):
+                first[row, column] = log_probs[column, 0, tokens[1]]
+                for place, token in enumerate(tokens[1 : mask.sum()]):
+                    right = (1 - smoothing) * log_probs[column, place, token]
+                    total[row, column] -= right + smoothing * log_probs[column, place].mean()
         return total, first
 
     return compute

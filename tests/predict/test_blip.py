@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,12 +56,13 @@ def test_captions(run, images, tiny_blip, tmp_path):
     )
     assert status == 0 and json.loads(output.read_text()) == answer(out)
     model, params, processor = tiny_blip("caption")
-    for path, row in zip(images, answer(out)["results"], strict=True):
-        batch = processor(images=[path], texts=["a picture of "])
-        settings = {"num_beams": 3, "min_length": 5, "beam_normalisation": "legacy", "max_new_tokens": 5}
-        found = generate(model, params, batch, **settings)
-        assert row["caption"] == processor.tokenizer.decode(found.completions[0].tolist())
-        assert row["score"] == pytest.approx(float(found.scores[0]), abs=1e-4) and row["image"] == str(path)
+    batch = processor(images=images, texts=["a picture of "] * 3)
+    settings = {"num_beams": 3, "min_length": 5, "beam_normalisation": "legacy", "max_new_tokens": 4}
+    found = generate(model, params, batch, **settings)
+    for number, row in enumerate(answer(out)["results"]):
+        assert row["caption"] == processor.tokenizer.decode(found.completions[number].tolist())
+        assert row["score"] == pytest.approx(float(found.scores[number]), abs=1e-4)
+        assert row["image"] == str(images[number])
     sampled = ("--do_sample", "--top_p=0.9", "--num_return_sequences=3", "--seed=1", "--max_new_tokens=4")
     status, out, _ = run("caption", "--task=caption", flags[0], "--text=a five", *sampled)
     row = answer(out)["results"][0]
@@ -76,9 +78,10 @@ def test_answers(run, images, tiny_blip):
     rows = answer(out)["results"]
     assert status == 0 and [row["question"] for row in rows] == questions * 2
     model, params, processor = tiny_blip("vqa")
-    batch = processor(images=[images[1]], texts=[questions[0]])
+    batch = processor(images=[images[0], images[0], images[1], images[1]], texts=questions * 2)
     found = generate(model, params, batch, max_length=10, min_length=1)
-    assert rows[2]["answer"] == processor.tokenizer.decode(found.completions[0].tolist())
+    expected = [processor.tokenizer.decode(ids.tolist()) for ids in found.completions]
+    assert [row["answer"] for row in rows] == expected
 
 
 def test_matching_and_classes(run, images, tiny_blip):
@@ -87,8 +90,8 @@ def test_matching_and_classes(run, images, tiny_blip):
     status, out, _ = run("retrieval", "--task=match", f"--image={images[0]}", *flags, "--batch_size=2")
     model, params, processor = tiny_blip("retrieval")
     batch = processor(images=[images[0]] * 3, texts=texts)
-    logits = np.asarray(model.apply({"params": params}, **batch).itm_score, np.float64)
-    compared = model.apply({"params": params}, **batch, use_itm_head=False)
+    apply = jax.jit(lambda batch, head: model.apply({"params": params}, **batch, use_itm_head=head), static_argnums=1)
+    logits, compared = np.asarray(apply(batch, True).itm_score, np.float64), apply(batch, False)
     rows = answer(out)["results"]
     expected = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
     np.testing.assert_allclose([row["probability"] for row in rows], expected, atol=1e-4)
@@ -108,7 +111,9 @@ def test_localise(run, images, tmp_path):
     found = answer(out)
     assert status == 0 and [row["text"] for row in found["maps"]][2:] == ["a", "five", "on", "the", "left"]
     assert all(0 < row["peak"][axis] < 1 for row in found["maps"] for axis in "xy")
-    assert Image.open(output).size[0] > 4 * 256 and not list(tmp_path.glob(".*"))
+    with Image.open(output) as page:
+        assert page.size[0] > 4 * 256
+    assert not list(tmp_path.glob(".*"))
     status, _, err = run("retrieval", "--task=localise", *flags, "--layer=9")
     assert status == 2 and "layer: expected a number from 0 to 1" in err
 

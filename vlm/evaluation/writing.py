@@ -104,7 +104,8 @@ def check_writes(embedder: Embedder, texts: Mapping[str, np.ndarray], *, answers
         raise UserError(f"this model and processor cannot {what}: the checkpoint has no tokenizer")
     batch = {"image": np.asarray(embedder.processor(images=blank_images())["image"])}
     arrays = model.prompt(batch | {name: array[:1] for name, array in texts.items()})
-    if answers and "question" not in arrays:
-        raise UserError("expected a model that answers questions, found one that goes on from the text it is given")
+    if answers != ("question" in arrays):
+        kinds = ("goes on from the text it is given", "answers questions")
+        raise UserError(f"expected a model that {kinds[answers]}, found one that {kinds[not answers]}")
     shapes = {name: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype) for name, x in arrays.items()}
     trace(what, lambda params, batch: prefill(model.clone(decoding=True), params, batch), prepared.params, shapes)

@@ -98,7 +98,8 @@ def generate(
     prompt, steps = _plan(model, arrays, config, stop_ids)
     decoder = model.clone(decoding=True)
     options = tuple(sorted((prefill_options or {}).items()))
-    logits, cache = prefill(decoder, prepared.params, {name: _bucketed(x) for name, x in arrays.items()}, options)
+    padded = {name: _bucketed(x, model.context_length) for name, x in arrays.items()}
+    logits, cache = prefill(decoder, prepared.params, padded, options)
     longest = prompt.tokens.shape[1] + steps
     keys = _keys(config, rng, len(logits)) if config.do_sample else None
     traced, static = numbers(config, stop_ids, longest), _static(config)
@@ -152,10 +153,13 @@ def _held(value: Any) -> Any:
     return value if on_devices else np.asarray(value)
 
 
-def _bucketed(x: np.ndarray) -> np.ndarray:
+def _bucketed(x: np.ndarray, longest: int | None) -> np.ndarray:
+    """Padded to a bucket, but not beyond the longest sequence that the model has positions for."""
     if x.ndim < 2 or x.dtype.kind not in "iub":
         return x
-    return np.pad(x, [(0, 0), (0, bucket(x.shape[1]) - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+    length = x.shape[1]
+    width = bucket(length) if longest is None else max(length, min(bucket(length), longest))
+    return np.pad(x, [(0, 0), (0, width - length), *[(0, 0)] * (x.ndim - 2)])
 
 
 def _static(config: GenerationConfig) -> GenerationConfig:

@@ -156,8 +156,8 @@ def _check(options: argparse.Namespace, images: list[Path], texts: list[str]) ->
 
 def generation_flags(options: argparse.Namespace) -> dict[str, Any]:
     """The generation settings that were given."""
-    names = (*GENERATION, "beam_normalisation")
-    return {name: getattr(options, name) for name in names if getattr(options, name) not in (None, False)}
+    found = {name: getattr(options, name) for name in (*GENERATION, "beam_normalisation")}
+    return {name: value for name, value in found.items() if value is not None and value is not False}
 
 
 def _predict(options: argparse.Namespace, images: list[Path], texts: list[str]) -> dict[str, Any]:
