@@ -1,0 +1,94 @@
+"""Every shipped configuration: known settings only, models of the published sizes, schedules as published."""
+
+import importlib
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from vlm.config import build, parse_config_flag
+from vlm.experiment import experiment
+from vlm.models import get_family
+from vlm.optimizer import learning_rate
+from vlm.schema import Config
+from vlm.sharding import unbox
+from vlm.tree import flatten
+
+blip = importlib.import_module("configs.blip")
+SMALL = ("tiny", "nlvr_tiny", "digits_caption", "digits_vqa")
+BLIP = [*SMALL, *blip.PUBLISHED]
+ALTCLIP = [
+    f"{size}{stage}" for size in ("tiny", "altclip", "m9", "m18") for stage in ("", "_teacher", "_teacher_cached")
+]
+VARIANTS = [f"configs/blip.py:{name}" for name in BLIP] + [f"configs/altclip.py:{name}" for name in ALTCLIP]
+
+
+def settings_of(flag):
+    return build(Config, parse_config_flag(flag), "")
+
+
+@pytest.mark.parametrize("flag", VARIANTS)
+def test_all_settings_are_known(flag):
+    settings = settings_of(flag)
+    family = get_family(settings.family)
+    model = build(family.config_type, settings.model, "model")
+    loss = build(family.loss_type, settings.loss, "loss")
+    processor = build(family.processor_type, settings.processor, "processor")
+    assert processor.image.output_size == (model.vision.image_size,) * 2
+    rate = learning_rate(settings.optimizer, settings.train.steps)
+    assert float(rate(settings.train.steps // 2)) > 0
+    group = getattr(loss, "group_size", None)
+    if group is not None:
+        assert settings.data.batch_size % group == 0 and loss.queue_size % settings.data.batch_size == 0
+
+
+PARAMETERS = {
+    "base": 252_046_652 + 768 * 256 * 2 + 512 + 768 * 2 + 2 + 1,  # the paper's 252 M, and the heads
+    "base_caption": 223_971_644,
+    "large_caption": 446_290_492,
+    "base_vqa": 361_230_140,
+    "base_retrieval_coco": 223_744_258 + 1,  # and the temperature
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_sizes(name):
+    parts = experiment(settings_of(f"configs/blip.py:{name}"))
+    params = flatten(unbox(jax.eval_shape(lambda: parts.init.init_params(jax.random.key(0)))))
+    model, expected = sum(math.prod(leaf.shape) for leaf in params.values()), PARAMETERS[name]
+    grid = parts.model_config.vision.num_patches - (196 if name == "base" else 576)  # counted at 224 and 384 pixels
+    assert model - grid * parts.model_config.vision.hidden_size == expected
+
+
+def test_pretraining_follows_the_published_schedule():
+    settings = settings_of("configs/blip.py:base_pretrain_code")
+    rate = learning_rate(settings.optimizer, settings.train.steps)
+    epoch = settings.train.steps // 20
+    expected = [1e-6, (1e-6 + 3e-4) / 2, 3e-4, 3e-4, 3e-4 * 0.9, 3e-4 * 0.9**7]
+    found = [rate(step) for step in (0, 1500, 3000, epoch - 1, epoch, 7 * epoch + 5)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert settings.optimizer.decay_exclude == () and settings.optimizer.bounds == (("temperature", 0.001, 0.5),)
+
+
+def test_fine_tuning_follows_a_cosine_of_epochs():
+    settings = settings_of("configs/blip.py:base_vqa")
+    rate = learning_rate(settings.optimizer, settings.train.steps)
+    epoch = settings.train.steps // 10
+    expected = [2e-5, 2e-5, 1e-5 * (1 + np.cos(0.1 * np.pi)), 1e-5 * (1 + np.cos(0.9 * np.pi))]
+    np.testing.assert_allclose([rate(step) for step in (0, epoch - 1, epoch, 10 * epoch - 1)], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["configs/blip.py:base_retrieval_coco", "configs/blip.py:tiny,/nowhere"])
+def test_dry_run(flag, capsys):
+    assert train.main([f"--config={flag}", "--dry_run"]) == 0
+    report = capsys.readouterr().out
+    assert "extra" in report and "image_queue" not in report.split("== replicated")[1].split("==")[0]
+    assert "tokens" in report
+
+
+@pytest.mark.parametrize("variant", ["huge", "base_retrieval", "large_dialog"])
+def test_unknown_variants_are_named(variant):
+    with pytest.raises(ValueError, match=f"unknown variant '{variant}'; choose from tiny, nlvr_tiny"):
+        blip.get_config(variant)
