@@ -6,6 +6,7 @@ import pytest
 
 from vlm.config import build, parse_config_flag, to_json
 from vlm.demo import __main__ as demo
+from vlm.demo import scenes, steps
 from vlm.demo.phrases import LANGUAGES
 from vlm.errors import UserError
 from vlm.schema import Config
@@ -43,7 +44,7 @@ def test_the_report_marks_what_is_too_low():
 
 
 def test_without_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(steps, "ROOT", tmp_path)
     with pytest.raises(SystemExit) as error:
         demo.main([f"--output={tmp_path / 'out'}"])
     assert error.value.code == 2 and "train.py" in capsys.readouterr().err
@@ -64,3 +65,27 @@ def test_the_chain_from_data_to_page(demo_data, tmp_path, monkeypatch, capsys):
     assert 0.05 < metrics["zero_shot_en/top1"] <= 1 and "retrieval_en/mean_recall" in metrics
     assert json.loads((output / "results.json").read_text())["metrics"] == metrics
     assert "data:image/png" in (output / "results.html").read_text()
+
+
+def test_stories_that_need_data_say_so(tmp_path, capsys):
+    for flags, named in ((["nlvr"], "--nlvr=DIR"), (["blip", "--nlvr=x"], "--nlvr=DIR"), (["flava"], "altclip")):
+        with pytest.raises(SystemExit) as error:
+            demo.main([*flags, f"--output={tmp_path / 'out'}"])
+        assert error.value.code == 2 and named in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        demo.main(["nlvr", f"--nlvr={tmp_path}", f"--output={tmp_path / 'out'}"])
+    assert error.value.code == 2 and "nlvr_dev600_perm1to5.tar" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "nlvr").exists()
+
+
+def test_two_digit_scenes_from_data_to_page(tmp_path, monkeypatch, capsys):
+    """Captions, then questions: a few steps each, through the real commands."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(scenes, "SCENES", {"train": 40, "test": 10})
+    status = demo.blip.digits(tmp_path / "out", overrides=SHORT)
+    out, err = capsys.readouterr()
+    metrics = json.loads(out.strip().splitlines()[-1])
+    assert status == 1 and {"captions/exact_match", "vqa/accuracy", "vqa_ranked/accuracy"} <= set(metrics)
+    assert "captions/exact_match is" in err and "seconds: data" in err
+    for name in demo.blip.STORIES:
+        assert "<img" in (tmp_path / "out" / f"{name}_results.html").read_text()
