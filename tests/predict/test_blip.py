@@ -52,7 +52,7 @@ def test_captions(run, images, tiny_blip, tmp_path):
     flags = [f"--image={path}" for path in images]
     output = tmp_path / "o.json"
     status, out, _ = run(
-        "caption", "--task=caption", *flags, "--batch_size=2", "--max_new_tokens=5", f"--output={output}"
+        "caption", "--task=caption", *flags, "--batch_size=3", "--max_new_tokens=4", f"--output={output}"
     )
     assert status == 0 and json.loads(output.read_text()) == answer(out)
     model, params, processor = tiny_blip("caption")

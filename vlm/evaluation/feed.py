@@ -85,7 +85,10 @@ class Feed:
 
     def put(self, arrays: Arrays) -> dict[str, Any]:
         """Puts this host's rows of some arrays on its devices; together the hosts' rows are a batch."""
-        return dict(arrays) if self.mesh is None else dict(put_batch(arrays, self._sharding(), self.rows))
+        if self.mesh is None:
+            return dict(arrays)
+        placed = put_batch(arrays, self._sharding(), self.rows)
+        return {name: placed[name] for name in arrays}  # in the order given, which jax does not keep
 
     def put_whole(self, arrays: Arrays) -> dict[str, Any]:
         """The same of arrays that every host has whole."""

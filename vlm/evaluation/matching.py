@@ -210,8 +210,7 @@ class Gallery:
         return result
 
     def _logits(self, feed: Feed, embedder: Embedder, tokens: Any, mask: Any, where: np.ndarray) -> np.ndarray:
-        states = self.tokens[where] if len(self.tokens) else self.tokens
-        placed = feed.put({"tokens": tokens, "mask": mask, "states": states})
+        placed = feed.put({"tokens": tokens, "mask": mask, "states": self.tokens[where]})
         return feed.fetch(_match(embedder.model, embedder.params, *placed.values()))
 
 
