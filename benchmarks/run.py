@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 NAMES = ("vit_forward", "altclip_step", "loader", "conversion", "checkpoint", "contrastive_memory", "step_overhead")
+NAMES += ("generation",)
 
 
 def main() -> int:
