@@ -268,10 +268,12 @@ def _digits_caption(folder: str) -> ConfigDict:
 def _digits_vqa(folder: str) -> ConfigDict:
     """Answers questions about scenes of two handwritten digits: at least 90 % of held-out answers are right.
 
-    Starts from the image encoder of `digits_caption`, which has learned to read.
+    Reads with the image encoder of `digits_caption`, which is kept as it is.
     """
     config = _scenes("vqa", folder)
     config.init = ({"path": f"{folder or 'demo_output'}/digits_caption", "include": "vision/.*"},)
+    config.optimizer.groups = (("vision/.*", {"freeze": True}), (".*", {}))
+    config.train.steps = 2500
     config.processor.update({"max_answers": 1, "answer_length": 4})
     folder = f"{folder or 'demo_output'}/scenes"
     common = {"kind": "vqa", "data": {"kind": "json", "path": f"{folder}/vqa_test.json"}, "batch_size": 100}

@@ -41,16 +41,24 @@ def test_captions_and_answers_say_what_was_drawn():
 def test_each_half_holds_one_whole_scan_of_its_own_split(folder):
     scans, labels = load_scans()
     for name, rows in split(labels, 0).items():
-        known = {scans[row].tobytes(): labels[row] for row in rows}
+        known = scans[rows].reshape(len(rows), -1).astype(float)
         for row in read(folder, f"caption_{name}.json")[:20]:
-            paper = np.asarray(Image.open(folder / row["image"]))
+            paper = np.asarray(Image.open(folder / row["image"]), float)
             digits = []
             for half in (paper[:, :12], paper[:, 12:]):
-                windows = [half[r : r + 8, c : c + 8].tobytes() for r in range(17) for c in range(5)]
-                found = {known[window] for window in windows if window in known}
-                assert len(found) == 1
-                digits.append(found.pop())
+                windows = [half[r : r + 8, c : c + 8].reshape(-1) for r in range(0, 17, 4) for c in (0, 4)]
+                distances = np.array([np.abs(known - window).mean(axis=1) for window in windows])
+                closest = distances.min(axis=0).argmin()
+                assert distances.min() == 0 if name == "test" else distances.min() < 30
+                digits.append(labels[rows[closest]])
             assert scenes.caption(*digits) in row["caption"]
+
+
+def test_variation_keeps_the_digit_and_changes_the_picture():
+    scans, _ = load_scans()
+    varied = scenes.vary(scans[0], np.random.default_rng(0))
+    assert 2 < np.abs(varied.astype(float) - scans[0]).mean() < 40
+    assert np.corrcoef(varied.reshape(-1), scans[0].reshape(-1))[0, 1] > 0.9
 
 
 def test_files_have_the_published_form(folder):

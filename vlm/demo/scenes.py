@@ -25,7 +25,7 @@ import numpy as np
 from vlm.demo.prepare import load_scans, png, split
 
 SIZE, SCAN, STEP = 24, 8, 4
-SCENES = {"train": 6000, "test": 500}
+SCENES = {"train": 12_000, "test": 500}
 NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
@@ -93,6 +93,12 @@ def scene(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> np.n
     return paper
 
 
+def vary(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A training scan uint8[8, 8] with paler or darker ink and some noise: there are few, and each is seen often."""
+    ink = (255.0 - scan) * rng.uniform(0.75, 1.25) + rng.normal(0.0, 16.0, scan.shape)
+    return (255.0 - np.clip(ink, 0.0, 255.0)).astype(np.uint8)
+
+
 def vocabulary() -> list[str]:
     """BERT's special tokens, then every word and mark that captions, questions and answers need."""
     texts = [PROMPT, *NUMBERS]
@@ -107,7 +113,10 @@ def _write_split(folder: Path, name: str, scans: np.ndarray, labels: np.ndarray,
     asked: list[dict[str, Any]] = []
     for number, (left, right) in enumerate(_pairs(labels, SCENES[name], rng)):
         image = f"images/{name}_{number:05d}.png"
-        (folder / image).write_bytes(png(scene(scans[left], scans[right], rng)))
+        pair = [scans[left], scans[right]]
+        if name == "train":
+            pair = [vary(scan, rng) for scan in pair]
+        (folder / image).write_bytes(png(scene(*pair, rng)))
         digits = int(labels[left]), int(labels[right])
         text = caption(*digits)
         captions.append({"image": image, "caption": text if name == "train" else [text], "image_id": number})

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm.encoders.output import EncoderOutput
+from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import Embedding, Linear, constrain
 from vlm.layers.masks import padding_mask
 from vlm.layers.norms import LayerNorm
@@ -91,12 +92,12 @@ class Bert(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "b l"] | None = None,
-        mask: Bool[Array, "b l"] | None = None,
+        tokens: Int[AnyArray, "b l"] | None = None,
+        mask: Bool[AnyArray, "b l"] | None = None,
         *,
-        token_embeds: Float[Array, "b l e"] | None = None,
-        positions: Int[Array, "b l"] | None = None,
-        token_types: Int[Array, "b l"] | None = None,
+        token_embeds: Float[AnyArray, "b l e"] | None = None,
+        positions: Int[AnyArray, "b l"] | None = None,
+        token_types: Int[AnyArray, "b l"] | None = None,
         deterministic: bool = True,
         output_hidden_states: bool = False,
         output_attentions: bool = False,

@@ -10,9 +10,10 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
 from vlm.encoders.output import EncoderOutput
+from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import Embedding, constrain
 from vlm.layers.masks import causal_mask, padding_mask
 from vlm.layers.norms import LayerNorm
@@ -52,8 +53,8 @@ class ClipText(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "b l"],
-        mask: Bool[Array, "b l"] | None = None,
+        tokens: Int[AnyArray, "b l"],
+        mask: Bool[AnyArray, "b l"] | None = None,
         *,
         deterministic: bool = True,
         output_hidden_states: bool = False,

@@ -8,8 +8,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from vlm.layers.arrays import AnyArray
 
-def padding_mask(mask: Bool[Array, "b m"]) -> Bool[Array, "b 1 1 m"]:
+
+def padding_mask(mask: Bool[AnyArray, "b m"]) -> Bool[Array, "b 1 1 m"]:
     """Hides padded keys from every query. With tokens `a b c _`:
 
     ::
@@ -35,7 +37,7 @@ def causal_mask(query_length: int, key_length: int | None = None) -> Bool[Array,
     return (jnp.arange(key_length)[None, :] <= rows)[None, None]
 
 
-def cached_mask(positions: Int[Array, "b l"], key_length: int) -> Bool[Array, "b 1 l m"]:
+def cached_mask(positions: Int[AnyArray, "b l"], key_length: int) -> Bool[Array, "b 1 l m"]:
     """Causal mask against a static cache buffer: a query in slot `p` sees cache slots 0 … p.
 
     With a buffer of five slots and queries in slots 1 and 2:

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from vlm.data.image import ImageSettings
+from vlm.layers.arrays import AnyArray
 
 
-def normalise_pixels(image: UInt8[Array, "*b h w 3"], settings: ImageSettings) -> Float[Array, "*b h w 3"]:
+def normalise_pixels(image: UInt8[AnyArray, "*b h w 3"], settings: ImageSettings) -> Float[Array, "*b h w 3"]:
     """(pixels · rescale − mean) / std in float32, as `vlm.data.image.process` does it on the host."""
     pixels = image.astype(jnp.float32)
     if settings.rescale is not None:

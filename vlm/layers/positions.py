@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm.layers.arrays import AnyArray
+
 
 def bicubic_weights(num_in: int, num_out: int) -> Float[np.ndarray, "o i"]:
     """Weights of one axis of PyTorch's bicubic resize (Keys' kernel with a = −0.75, half-pixel centres, clamped edges,
@@ -28,7 +30,9 @@ def bicubic_weights(num_in: int, num_out: int) -> Float[np.ndarray, "o i"]:
     return weights.astype(np.float32)
 
 
-def resize_positions(table: Float[Array, "p e"], grid: tuple[int, int], *, num_prefix: int = 1) -> Float[Array, "q e"]:
+def resize_positions(
+    table: Float[AnyArray, "p e"], grid: tuple[int, int], *, num_prefix: int = 1
+) -> Float[Array, "q e"]:
     """Resizes a table of patch positions to another grid of (rows, columns), exactly like PyTorch's bicubic.
 
     The first `num_prefix` rows (class token) are kept. The stored grid must be square.
@@ -48,7 +52,7 @@ def resize_positions(table: Float[Array, "p e"], grid: tuple[int, int], *, num_p
     return jnp.concatenate([prefix, resized.reshape(grid[0] * grid[1], -1)])
 
 
-def roberta_positions(tokens: Int[Array, "b l"], pad_id: int) -> Int[Array, "b l"]:
+def roberta_positions(tokens: Int[AnyArray, "b l"], pad_id: int) -> Int[Array, "b l"]:
     """RoBERTa's position ids: real tokens count from pad_id + 1, padding gets pad_id; works for left padding too.
 
     Example with pad_id 1: tokens [0, 11, 2, 1, 1] have positions [2, 3, 4, 1, 1].
@@ -57,13 +61,13 @@ def roberta_positions(tokens: Int[Array, "b l"], pad_id: int) -> Int[Array, "b l
     return jnp.cumsum(real, axis=1) * real + pad_id
 
 
-def padded_positions(mask: Bool[Array, "b l"]) -> Int[Array, "b l"]:
+def padded_positions(mask: Bool[AnyArray, "b l"]) -> Int[Array, "b l"]:
     """Positions that count real tokens only, so that a left-padded row equals the same row without padding."""
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
 def rotary_tables(
-    positions: Int[Array, "b l"], head_dim: int, *, theta: float = 10_000.0
+    positions: Int[AnyArray, "b l"], head_dim: int, *, theta: float = 10_000.0
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
     """Cosine and sine tables of rotary position embedding (Su et al. 2021), half-split layout, float32."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -73,7 +77,7 @@ def rotary_tables(
 
 
 def apply_rotary(
-    x: Float[Array, "b l h d"], tables: tuple[Float[Array, "b l d"], Float[Array, "b l d"]]
+    x: Float[AnyArray, "b l h d"], tables: tuple[Float[Array, "b l d"], Float[Array, "b l d"]]
 ) -> Float[Array, "b l h d"]:
     """Rotates each pair (x[i], x[i + D/2]) of every head by its position's angle."""
     cos, sin = (t[:, :, None, :].astype(x.dtype) for t in tables)

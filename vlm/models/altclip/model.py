@@ -16,6 +16,7 @@ from vlm.encoders.bert import Bert, BertConfig
 from vlm.encoders.clip_text import ClipText, ClipTextConfig
 from vlm.encoders.output import EncoderOutput
 from vlm.encoders.vit import ViT, ViTConfig
+from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import Linear, param
 from vlm.layers.mlp import ACTIVATIONS
 from vlm.layers.norms import LayerNorm
@@ -79,7 +80,7 @@ class AltCLIPOutput:
     vision_model_output: EncoderOutput | None = None
 
 
-def normalise(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+def normalise(x: Float[AnyArray, "*b d"]) -> Float[Array, "*b d"]:
     """Unit vectors x / ‖x‖, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
@@ -93,7 +94,7 @@ class LMHead(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "*b e"], embedding: Float[Array, "v e"]) -> Float[Array, "*b v"]:
+    def __call__(self, hidden: Float[AnyArray, "*b e"], embedding: Float[AnyArray, "v e"]) -> Float[Array, "*b v"]:
         dtype = jnp.dtype(self.dtype)
         hidden = Linear(hidden.shape[-1], ("embed", "projection"), dtype=dtype, name="dense")(hidden)
         hidden = LayerNorm(self.norm_eps, dtype, name="norm")(ACTIVATIONS["gelu"](hidden))
@@ -140,13 +141,13 @@ class AltCLIP(nn.Module):
 
     def __call__(
         self,
-        image: Float[Array, "bi h w 3"] | None = None,
-        tokens: Int[Array, "bt l"] | None = None,
-        mask: Bool[Array, "bt l"] | None = None,
+        image: Float[AnyArray, "bi h w 3"] | None = None,
+        tokens: Int[AnyArray, "bt l"] | None = None,
+        mask: Bool[AnyArray, "bt l"] | None = None,
         *,
-        token_embeds: Float[Array, "bt l e"] | None = None,
-        positions: Int[Array, "bt l"] | None = None,
-        token_types: Int[Array, "bt l"] | None = None,
+        token_embeds: Float[AnyArray, "bt l e"] | None = None,
+        positions: Int[AnyArray, "bt l"] | None = None,
+        token_types: Int[AnyArray, "bt l"] | None = None,
         deterministic: bool = True,
         return_loss: bool = False,
         interpolate_positions: bool = False,
@@ -184,7 +185,7 @@ class AltCLIP(nn.Module):
         return AltCLIPOutput(loss, per_image, logits, text_embeds, image_embeds, text, vision)
 
     def encode_image(
-        self, image: Float[Array, "b h w 3"], *, deterministic: bool = True, interpolate_positions: bool = False
+        self, image: Float[AnyArray, "b h w 3"], *, deterministic: bool = True, interpolate_positions: bool = False
     ) -> Float[Array, "b p"]:
         """Image embeddings in the joint space, not normalised."""
         output = self.vision(image, deterministic=deterministic, interpolate_positions=interpolate_positions)
@@ -192,8 +193,8 @@ class AltCLIP(nn.Module):
 
     def encode_text(
         self,
-        tokens: Int[Array, "b l"],
-        mask: Bool[Array, "b l"] | None = None,
+        tokens: Int[AnyArray, "b l"],
+        mask: Bool[AnyArray, "b l"] | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "b p"]:
@@ -201,15 +202,15 @@ class AltCLIP(nn.Module):
         return self.text_projection(self.encode_text_pooled(tokens, mask, deterministic=deterministic))
 
     def encode_text_pooled(
-        self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None, *, deterministic: bool = True
+        self, tokens: Int[AnyArray, "b l"], mask: Bool[AnyArray, "b l"] | None = None, *, deterministic: bool = True
     ) -> Float[Array, "b e"]:
         """What `text_projection` projects: the head's output at the first token, CLIP's end-of-text state."""
         return self._text_head(self.text(tokens, mask, deterministic=deterministic)).pooler_output
 
     def encode_tokens(
         self,
-        tokens: Int[Array, "b l"],
-        mask: Bool[Array, "b l"] | None = None,
+        tokens: Int[AnyArray, "b l"],
+        mask: Bool[AnyArray, "b l"] | None = None,
         *,
         layer: Literal["last", "penultimate"] = "last",
     ) -> Float[Array, "b l e"]:
@@ -226,18 +227,18 @@ class AltCLIP(nn.Module):
         return self.text_transformation_pre(self.text_norm(output.hidden_states[-2]))
 
     def lm_logits(
-        self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None, *, deterministic: bool = True
+        self, tokens: Int[AnyArray, "b l"], mask: Bool[AnyArray, "b l"] | None = None, *, deterministic: bool = True
     ) -> Float[Array, "b l v"]:
         """Masked-language-modelling logits of the text tower."""
         return self.lm_decode(self.encode_states(tokens, mask, deterministic=deterministic))
 
     def encode_states(
-        self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None, *, deterministic: bool = True
+        self, tokens: Int[AnyArray, "b l"], mask: Bool[AnyArray, "b l"] | None = None, *, deterministic: bool = True
     ) -> Float[Array, "b l e"]:
         """The text encoder's last hidden states, before AltCLIP's head."""
         return self.text(tokens, mask, deterministic=deterministic).last_hidden_state
 
-    def lm_decode(self, hidden: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
+    def lm_decode(self, hidden: Float[AnyArray, "*b e"]) -> Float[Array, "*b v"]:
         """Masked-language-modelling logits of text encoder states."""
         return self.lm_head(hidden, self.text.token_embedding.embedding)
 
