@@ -17,7 +17,7 @@ def text():
     return np.where(mask, tokens, 0), mask
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("layer", [0, 2])
 def test_attention_and_its_gradient_equal_torch(hf_pair, torch_image, text, layer):
     reference, model, params = hf_pair("retrieval")
     image, theirs = torch_image(batch=2)
