@@ -80,7 +80,7 @@ def tiny_blip(scenes_folder):
 
     words = len(scenes.vocabulary())
     vit = ViTConfig(8, 1, 2, 12, 24, 8, "gelu", patch_bias=True, input_norm=False, output_norm="all", init="normal")
-    stack = MedConfig(words + 2, 8, 2, 2, 12, 24, 8)
+    stack = MedConfig(words + 2, 8, 1, 2, 12, 24, 8)
     alone = {"shared_decoder": False, "projection_dim": None, "itm": False, "temperature": None}
     parts = {
         "caption": {**alone, "text": None, "decoder": stack},
