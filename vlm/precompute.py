@@ -80,8 +80,6 @@ def precompute(settings: Config, output: str, dtype: str, batch_size: int) -> in
 
 def _teacher(settings: Config, parts: Any, mesh: Any) -> Any:
     """The extra state with the teacher's weights, from the entries of `config.init` that go there."""
-    import jax
-
     from vlm import sharding
     from vlm.initial import starting_weights, still_random
     from vlm.training import put_weight

@@ -114,9 +114,8 @@ def _write_split(folder: Path, name: str, scans: np.ndarray, labels: np.ndarray,
     for number, (left, right) in enumerate(_pairs(labels, SCENES[name], rng)):
         image = f"images/{name}_{number:05d}.png"
         pair = [scans[left], scans[right]]
-        if name == "train":
-            pair = [vary(scan, rng) for scan in pair]
-        (folder / image).write_bytes(png(scene(*pair, rng)))
+        drawn = [vary(scan, rng) for scan in pair] if name == "train" else pair
+        (folder / image).write_bytes(png(scene(drawn[0], drawn[1], rng)))
         digits = int(labels[left]), int(labels[right])
         text = caption(*digits)
         captions.append({"image": image, "caption": text if name == "train" else [text], "image_id": number})

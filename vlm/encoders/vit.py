@@ -82,6 +82,7 @@ def patchify(image: Float[AnyArray, "b h w c"], patch_size: int) -> Float[Array,
     A strided convolution is then one matrix product (faster on CPU, equal elsewhere). Rows and columns that do not
     fill a patch are dropped, as a convolution without padding drops them.
     """
+    image = jnp.asarray(image)
     batch, height, width, channels = image.shape
     rows, columns = height // patch_size, width // patch_size
     image = image[:, : rows * patch_size, : columns * patch_size]
@@ -115,7 +116,7 @@ class ViT(nn.Module):
           ValueError: another image size without `interpolate_positions`, or a patch mask without a mask embedding.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        hidden = self._embed(image.astype(dtype), patch_mask, interpolate_positions)
+        hidden = self._embed(jnp.asarray(image, dtype), patch_mask, interpolate_positions)
         if config.input_norm:
             hidden = LayerNorm(config.norm_eps, dtype, name="input_norm")(hidden)
         hidden = constrain(hidden, "batch", "length", "embed_activation")
@@ -140,7 +141,7 @@ class ViT(nn.Module):
                 pooled = norm(pooled)
         return EncoderOutput(hidden, pooled, output.hidden_states, output.attentions)
 
-    def _embed(self, image: jax.Array, patch_mask: jax.Array | None, interpolate: bool) -> Float[Array, "b n e"]:
+    def _embed(self, image: jax.Array, patch_mask: Any, interpolate: bool) -> Float[Array, "b n e"]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         expected, (height, width) = config.image_size, image.shape[1:3]
         if (height, width) != (expected, expected) and not interpolate:

@@ -56,7 +56,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., I] times kernel [I, O].
+    """The product of x [..., I] and kernel [I, O].
 
     Only its derivative differs from `jnp.dot`'s: the kernel's gradient is one product that yields [I, O] as it is
     stored. Autodiff's own yields its transpose, for which CPUs copy the activations and run at half the speed.

@@ -19,7 +19,7 @@ def padding_mask(mask: Bool[AnyArray, "b m"]) -> Bool[Array, "b 1 1 m"]:
         1 1 1 0      each row is a query,
         1 1 1 0      each column is a key
     """
-    return mask[:, None, None, :]
+    return jnp.asarray(mask)[:, None, None, :]
 
 
 def causal_mask(query_length: int, key_length: int | None = None) -> Bool[Array, "1 1 l m"]:

@@ -27,7 +27,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[AnyArray, "*b e"]) -> Float[Array, "*b e"]:
         scale = param(self, "scale", nn.initializers.ones_init(), x.shape[-1:], ("norm",))
         bias = param(self, "bias", nn.initializers.zeros_init(), x.shape[-1:], ("norm",))
-        centred = x.astype(jnp.float32)
+        centred = jnp.asarray(x, jnp.float32)
         centred = centred - centred.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*b e"]) -> Float[Array, "*b e"]:
         scale = param(self, "scale", nn.initializers.ones_init(), x.shape[-1:], ("norm",))
-        x = x.astype(jnp.float32)
+        x = jnp.asarray(x, jnp.float32)
         return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * scale).astype(self.dtype)
 
 

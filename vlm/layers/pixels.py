@@ -11,7 +11,7 @@ from vlm.layers.arrays import AnyArray
 
 def normalise_pixels(image: UInt8[AnyArray, "*b h w 3"], settings: ImageSettings) -> Float[Array, "*b h w 3"]:
     """(pixels · rescale − mean) / std in float32, as `vlm.data.image.process` does it on the host."""
-    pixels = image.astype(jnp.float32)
+    pixels = jnp.asarray(image, jnp.float32)
     if settings.rescale is not None:
         pixels = pixels * settings.rescale
     if settings.mean is not None and settings.std is not None:

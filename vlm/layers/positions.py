@@ -40,6 +40,7 @@ def resize_positions(
     Raises:
       ValueError: the table does not hold a square grid.
     """
+    table = jnp.asarray(table)
     prefix, patches = table[:num_prefix], table[num_prefix:]
     side = math.isqrt(patches.shape[0])
     if side * side != patches.shape[0]:
@@ -80,6 +81,7 @@ def apply_rotary(
     x: Float[AnyArray, "b l h d"], tables: tuple[Float[Array, "b l d"], Float[Array, "b l d"]]
 ) -> Float[Array, "b l h d"]:
     """Rotates each pair (x[i], x[i + D/2]) of every head by its position's angle."""
+    x = jnp.asarray(x)
     cos, sin = (t[:, :, None, :].astype(x.dtype) for t in tables)
     left, right = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-right, left], axis=-1) * sin
