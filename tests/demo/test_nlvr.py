@@ -151,7 +151,7 @@ def test_prepared_folder(tmp_path, monkeypatch):
     assert len(read("statements.json")) == 12 * nlvr.STATEMENTS_PER_COLOURING
     assert [row["text"] for row in test] == ["There is a Yellow item 10", "There is a Yellow item 11"]
     assert [row["label"] for row in test] == [False, True]
-    assert "10" not in (folder / "tokenizer" / "vocab.txt").read_text()
+    assert "10" not in (folder / "tokenizer" / "vocab.txt").read_text().split()
     canvas = np.asarray(Image.open(folder / test[0]["image"]))
     np.testing.assert_array_equal(canvas[:100, 108:], scattered()[:, 150:250])
 

@@ -51,15 +51,8 @@ def answer(out):
 def test_captions(run, images, tiny_blip, tmp_path):
     flags = [f"--image={path}" for path in images]
     output = tmp_path / "o.json"
-    status, out, _ = run(
-        "caption",
-        "--task=caption",
-        *flags,
-        "--batch_size=3",
-        "--max_new_tokens=4",
-        "--num_return_sequences=2",
-        f"--output={output}",
-    )
+    flags += ["--batch_size=3", "--max_new_tokens=4", "--num_return_sequences=2", f"--output={output}"]
+    status, out, _ = run("caption", "--task=caption", *flags)
     assert status == 0 and json.loads(output.read_text()) == answer(out)
     model, params, processor = tiny_blip("caption")
     batch = processor(images=images, texts=["a picture of "] * 3)

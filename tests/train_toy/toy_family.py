@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import flax.linen as nn
 import jax
@@ -92,5 +93,5 @@ FAMILY = Family(
     },
     processor_type=ToySettings,
     processor=ToyProcessor,
-    weights=None,
+    weights=types.SimpleNamespace(HF_MODEL_TYPES=(), LAYOUTS=()),
 )
