@@ -179,3 +179,12 @@ def test_shared_values_do_not_leak_between_configs(program):
 def test_configurations_are_read_without_jax():
     code = "import sys, vlm.config; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_streams_and_the_streams_of_sources_must_agree(program):
+    config = read(program, "--config.data.streams={'pairs': 1.0}")
+    with pytest.raises(UserError, match=r"^config\.data: streams: source 0 names no stream; choose from pairs$"):
+        configs.build(schema.Config, config, "")
+    config.data.sources[0]["stream"] = "pairs"
+    assert configs.build(schema.Config, config, "").data.members == ["pairs"]
+    assert configs.build(schema.Config, read(program), "").data.members == []

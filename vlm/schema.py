@@ -8,7 +8,7 @@ on the command line as `--config.section.key=value`. Sequences are tuples, never
     model          architecture, the fields of the family's config type. `dtype` and `remat` of a tower follow
                    `precision.compute` and `remat` unless the section sets them itself
     loss           the fields of the family's loss settings
-    data           sources ({kind, path, split, weight, …} each), global batch size                 → DataConfig
+    data           sources ({kind, path, split, weight, …} each), streams of them, global batch size → DataConfig
     processor      tokenizer, image settings, augmentation: the fields of the family's processor settings
     init           starting weights: a tuple of {path, into, include}; empty: from random           → InitConfig
     optimizer      rule, learning rate and schedule, groups of parameters, clipping, EMA            → OptimizerConfig
@@ -23,8 +23,11 @@ This module imports no jax: commands check their arguments before anything heavy
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from vlm.errors import UserError, did_you_mean
 
 Section = dict[str, Any]
 
@@ -43,12 +46,34 @@ def _share(settings: Any, *names: str) -> None:
             raise ValueError(f"{name}: expected a value from 0 to 1, found {value}")
 
 
+def check_streams(members: Sequence[str | None], shares: Mapping[str, float]) -> None:
+    """Compares the streams that sources name with the shares of streams; both empty is fine.
+
+    Raises:
+        UserError: one has what the other lacks, or a share is not positive.
+    """
+    for name, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < float("inf"):
+            raise UserError(f"streams: the share of {name!r} must be a positive number, found {share!r}")
+    for number, name in enumerate(members):
+        if name is None and shares:
+            raise UserError(f"streams: source {number} names no stream; choose from {', '.join(sorted(shares))}")
+        if name is not None and name not in shares:
+            raise UserError(
+                f"streams: source {number} is of stream {name!r}, which has no share{did_you_mean(str(name), shares)}"
+            )
+    if empty := sorted(set(shares) - set(members)):
+        raise UserError(f"streams: no source is of stream {empty[0]!r}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where examples come from and how they become batches.
 
     Attributes:
       sources: one mapping per source, with a relative `weight`; the mixture draws by weight.
+      streams: {name: share of the steps}. Every source then names its `stream`, whose weights compare sources of that
+        stream only, and every batch comes whole from one stream: for sources whose examples have different fields.
       batch_size: examples per step over all devices and hosts.
       seed: orders the examples and draws their augmentation, independently of `train.seed`.
       num_workers: threads per host that decode examples; 0: in the calling thread.
@@ -59,6 +84,7 @@ class DataConfig:
     """
 
     sources: tuple[Section, ...] = ()
+    streams: Section = field(default_factory=dict)
     batch_size: int = 1024
     seed: int = 0
     num_workers: int = 2
@@ -70,6 +96,12 @@ class DataConfig:
         _at_least(1, self, "batch_size")
         _at_least(0, self, "num_workers", "prefetch")
         _share(self, "max_skip_fraction")
+        check_streams([source.get("stream") for source in self.sources], self.streams)
+
+    @property
+    def members(self) -> list[str]:
+        """The stream of each source; empty without streams."""
+        return [source["stream"] for source in self.sources] if self.streams else []
 
 
 @dataclass(frozen=True)

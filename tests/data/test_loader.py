@@ -41,10 +41,11 @@ def transform(example, rng, train):
 
 SOURCES = (Numbers(0, 37, bad=[3, 30]), Numbers(1, 11, unread=[5]), Numbers(2, 5))
 WEIGHTS = (0.6, 0.3, 0.1)
+OF_LOADER = ("weights", "members", "shares", "train", "ledger", "transform")
 
 
 def make(workers=0, host=0, hosts=1, batch_size=8, sources=SOURCES, **options):
-    extra = {k: options.pop(k) for k in ("weights", "train", "ledger", "transform") if k in options}
+    extra = {k: options.pop(k) for k in OF_LOADER if k in options}
     settings = LoaderSettings(
         batch_size,
         seed=5,
@@ -282,3 +283,30 @@ def test_real_images_through_threads(shared_data):
     results = [take(make(w, sources=(open_source(spec),), transform=decode), 3) for w in (0, 4)]
     equal(*results)
     assert results[0][0]["image"].shape == (8, 8, 8, 3) and os.cpu_count()
+
+
+def mixed(workers=0, host=0, hosts=1, **options):
+    settings = {"members": ("few", "many", "many"), "shares": {"few": 1.0, "many": 2.0}, **options}
+    return make(workers, host, hosts, weights=(1, 1, 1), **settings)
+
+
+@pytest.fixture(scope="module")
+def mixed_reference():
+    return take(mixed(), REFERENCE_STEPS)
+
+
+@pytest.mark.parametrize("workers, hosts", [(0, 1), (3, 1), (2, 2), (1, 4)])
+def test_mixed_streams_do_not_depend_on_workers_hosts_or_restarts(mixed_reference, workers, hosts):
+    for start in (0, 7, 13):
+        parts = [take(mixed(workers, host, hosts), 5, start) for host in range(hosts)]
+        equal(join(parts), mixed_reference[start : start + 5])
+    streams = [set((batch["value"] >= 1000).tolist()) for batch in mixed_reference]
+    assert all(len(found) == 1 for found in streams) and {True} in streams and {False} in streams
+
+
+def test_streams_are_part_of_the_fingerprint():
+    first = mixed().fingerprint
+    assert mixed(2, 1, 2).fingerprint == first == mixed(shares={"many": 2, "few": 1}).fingerprint
+    assert mixed(shares={"few": 2.0, "many": 1.0}).fingerprint != first
+    assert mixed(members=("few", "few", "many")).fingerprint != first
+    assert make(weights=(1, 1, 1)).fingerprint != first

@@ -1,7 +1,9 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from vlm.data.sampling import EvalStream, TrainStream, mix, permute
+from vlm.data.sampling import EvalStream, MixedStream, TrainStream, mix, permute
 from vlm.errors import UserError
 
 
@@ -108,3 +110,67 @@ def test_evaluation_is_one_ordered_pass():
     assert draws.source.tolist() == [0, 0, 0, 1, 1, 0, 0]
     assert draws.sample.tolist() == [0, 1, 2, 0, 1, 0, 0]
     assert draws.valid.tolist() == [True] * 5 + [False] * 2
+
+
+MIXED = MixedStream(
+    (40, 9, 30, 20), (2, 1, 7, 5), ("pairs", "pairs", "text", "images"), {"pairs": 0.7, "images": 0.15, "text": 0.15}, 8
+)
+STREAM_OF = np.array(["pairs", "pairs", "text", "images"])
+
+
+def test_every_batch_comes_from_one_stream_in_exact_shares():
+    size = int(MIXED.counts.sum())
+    streams = STREAM_OF[MIXED.draw(np.arange(5 * size * 8)).source].reshape(5 * size, 8)
+    assert (streams == streams[:, :1]).all()
+    assert streams[:, 0].tolist() == [MIXED.name(step) for step in range(5 * size)]
+    for block in streams[:, 0].reshape(5, size):
+        assert {name: (block == name).mean() for name in MIXED.names} == {"pairs": 0.7, "images": 0.15, "text": 0.15}
+    for steps in (0, 1, size - 1, size, 3 * size + 11):
+        assert MIXED.steps(steps) == {name: int((streams[:steps, 0] == name).sum()) for name in MIXED.names}
+    assert len({block.tobytes() for block in streams[:, 0].reshape(5, size)}) == 5
+
+
+def test_streams_mix_their_own_sources_and_hold_whole_epochs():
+    draws = MIXED.draw(np.arange(4000))
+    pairs = STREAM_OF[draws.source] == "pairs"
+    assert abs((draws.source[pairs] == 0).mean() - 2 / 3) < 0.02
+    for source, length in enumerate(MIXED.lengths):
+        mine = draws.source == source
+        assert draws.epoch[mine].max() >= 8
+        for epoch in range(4):
+            assert sorted(draws.sample[mine & (draws.epoch == epoch)].tolist()) == list(range(length))
+
+
+def test_a_mixed_stream_is_random_access_and_follows_its_seed():
+    whole = MIXED.draw(np.arange(3000))
+    shuffled = np.random.default_rng(0).permutation(3000)
+    some = MIXED.draw(shuffled)
+    for name in ("source", "sample", "epoch"):
+        assert np.array_equal(getattr(some, name), getattr(whole, name)[shuffled])
+    far = MIXED.draw(np.arange(8 * 10**12, 8 * 10**12 + 8))
+    assert len(set(STREAM_OF[far.source])) == 1 and MIXED.name(10**12) == STREAM_OF[far.source[0]]
+    other = dataclasses.replace(MIXED, seed=1)
+    assert [MIXED.name(step) for step in range(40)] != [other.name(step) for step in range(40)]
+    turned = dataclasses.replace(MIXED, shares=dict(reversed(MIXED.shares.items())))
+    assert np.array_equal(turned.draw(np.arange(800)).sample, whole.sample[:800])
+    seen = {MIXED.replacement(1, 4, 0, attempt) for attempt in range(1, 60)}
+    assert seen == set(range(9))
+
+
+@pytest.mark.parametrize(
+    ("members", "shares", "message"),
+    [
+        (("a", "b"), {"a": 1.0}, "source 1 is of stream 'b', which has no share"),
+        (("pair", "text"), {"pairs": 1.0, "text": 1.0}, "source 0 is of stream 'pair'.*did you mean 'pairs'"),
+        (("a", None), {"a": 1.0}, "source 1 names no stream; choose from a"),
+        (("a", "a"), {"a": 1.0, "b": 1.0}, "no source is of stream 'b'"),
+        (("a", "b"), {"a": 1.0, "b": 0.0}, "the share of 'b' must be a positive number, found 0.0"),
+        (("a", "b"), {"a": 1.0, "b": -1}, "the share of 'b' must be a positive number, found -1"),
+        (("a", "b"), {"a": 1.0, "b": float("nan")}, "the share of 'b' must be a positive number, found nan"),
+        (("a", "b"), {}, "source 0 is of stream 'a', which has no share"),
+    ],
+)
+def test_wrong_streams_are_one_line(members, shares, message):
+    with pytest.raises(UserError, match=f"^streams: {message}") as error:
+        MixedStream((5, 5), (1, 1), members, shares, 4)
+    assert "\n" not in str(error.value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from vlm.data.batch import LoaderSettings, Row
 from vlm.data.ledger import FatalDataError, Skip, SkipLedger, digest
 from vlm.data.prefetch import Batches
-from vlm.data.sampling import EvalStream, TrainStream
+from vlm.data.sampling import EvalStream, MixedStream, TrainStream
 from vlm.data.source import Source
 from vlm.errors import UserError
 
@@ -35,6 +35,8 @@ class Loader:
             replaced. Anything else it raises stops the run. `rng` depends on (seed, epoch, source, sample) alone.
         settings: see `LoaderSettings`.
         weights: shares of the sources; None means their sizes. Only for training.
+        members, shares: the stream that each source belongs to, and the share of steps of each stream, by name: every
+            training batch then comes whole from one stream (see `sampling.MixedStream`). None: one mixture.
         train: an endless shuffled mixture; otherwise one ordered pass whose batches also hold `index` (int32[B],
             position in the pass, -1 past the end) and `valid` (bool[B], false past the end and for unreadable
             examples), padded so that every batch of every host has the same shape.
@@ -48,21 +50,28 @@ class Loader:
         settings: LoaderSettings,
         *,
         weights: Sequence[float] | None = None,
+        members: Sequence[str] | None = None,
+        shares: Mapping[str, float] | None = None,
         train: bool = True,
         ledger: str | os.PathLike | None = None,
     ):
         self.sources, self.transform, self.settings, self.train = list(sources), transform, settings, train
         lengths = tuple(len(source) for source in self.sources)
-        shares = tuple(map(float, lengths if weights is None else weights))
-        if train:
-            self.stream: TrainStream | EvalStream = TrainStream(lengths, shares, settings.seed)
-        elif weights is not None and len(set(shares)) > 1:
+        parts = tuple(map(float, lengths if weights is None else weights))
+        mixed = (tuple(members or ()), dict(shares)) if shares else None
+        self.stream: TrainStream | MixedStream | EvalStream
+        if train and mixed:
+            self.stream = MixedStream(lengths, parts, *mixed, settings.batch_size, settings.seed)
+        elif train:
+            self.stream = TrainStream(lengths, parts, settings.seed)
+        elif weights is not None and len(set(parts)) > 1:
             raise UserError("an evaluation stream reads every example once and takes no weights")
         else:
             self.stream = EvalStream(lengths, settings.seed)
         self.ledger = SkipLedger(ledger, settings.host_index)
-        identity = [settings.batch_size, settings.seed, train, shares, [s.fingerprint for s in self.sources]]
+        identity = [settings.batch_size, settings.seed, train, parts, [s.fingerprint for s in self.sources]]
         identity.append(getattr(transform, "fingerprint", ""))  # what the transform joins from elsewhere
+        identity += [mixed[0], sorted((name, float(share)) for name, share in mixed[1].items())] if mixed else []
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
 
     @property

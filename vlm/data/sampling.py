@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from vlm.errors import UserError
+from vlm.schema import check_streams
 
 _MAX_BLOCK = 1 << 16
 _MIN_BLOCK = 64
@@ -83,6 +85,43 @@ def _feistel(x: np.ndarray, key: np.ndarray, low: int, high: int) -> np.ndarray:
     return x
 
 
+def block_counts(weights: Sequence[float]) -> Int[np.ndarray, " n"]:
+    """How often each stands in one block: the weights exactly where a block of at most 65,536 can hold them.
+
+    Raises:
+        UserError: a weight is below 1/65,536 of all, but not zero.
+    """
+    shares = np.asarray(weights, np.float64) / sum(weights)
+    for size in range(1, 4097):
+        counts = np.rint(shares * size)
+        if counts.sum() == size and np.abs(counts / size - shares).max() < 1e-12:
+            # One alone needs no mixing; small blocks are repeated so that the order varies.
+            scale = 1 if size == 1 else -(-_MIN_BLOCK // size)
+            return (counts * scale).astype(np.int64)
+    counts = np.floor(shares * _MAX_BLOCK)
+    rest = np.argsort(counts - shares * _MAX_BLOCK, kind="stable")[: int(_MAX_BLOCK - counts.sum())]
+    counts[rest] += 1
+    lost = np.flatnonzero((counts == 0) & (shares > 0))
+    if len(lost):
+        raise UserError(f"mixture: weight {weights[lost[0]]} of source {lost[0]} is below 1/{_MAX_BLOCK}")
+    return counts.astype(np.int64)
+
+
+def deal(
+    positions: Int[np.ndarray, " n"], counts: Int[np.ndarray, " m"], key: tuple[int, ...]
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Deals positions out in blocks that hold choice `c` exactly `counts[c]` times, in an order permuted per block.
+
+    Returns:
+        the choice at each position, and which of its turns that is: over all positions a choice gets every turn once.
+    """
+    ends = np.cumsum(counts)
+    block, place = np.divmod(positions, ends[-1])
+    slot = permute(place, int(ends[-1]), mix(*key, block))
+    choice = np.searchsorted(ends, slot, side="right")
+    return choice, block * counts[choice] + slot - (ends - counts)[choice]
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainStream:
     """Endless mixture of shuffled sources.
@@ -109,31 +148,12 @@ class TrainStream:
 
     @functools.cached_property
     def counts(self) -> Int[np.ndarray, " sources"]:
-        """Draws of each source in one block: the weights exactly where a block of at most 65,536 can hold them."""
-        weights = np.asarray(self.weights, np.float64) / sum(self.weights)
-        for size in range(1, 4097):
-            counts = np.rint(weights * size)
-            if counts.sum() == size and np.abs(counts / size - weights).max() < 1e-12:
-                # One source needs no mixing; small blocks are repeated so that the order varies.
-                scale = 1 if size == 1 else -(-_MIN_BLOCK // size)
-                return (counts * scale).astype(np.int64)
-        counts = np.floor(weights * _MAX_BLOCK)
-        rest = np.argsort(counts - weights * _MAX_BLOCK, kind="stable")[: int(_MAX_BLOCK - counts.sum())]
-        counts[rest] += 1
-        lost = np.flatnonzero((counts == 0) & (weights > 0))
-        if len(lost):
-            raise UserError(f"mixture: weight {self.weights[lost[0]]} of source {lost[0]} is below 1/{_MAX_BLOCK}")
-        return counts.astype(np.int64)
+        """Draws of each source in one block."""
+        return block_counts(self.weights)
 
     def draw(self, positions: Int[np.ndarray, " n"]) -> Draws:
         """Returns what stands at the given positions of the stream (any order, any subset)."""
-        positions = np.asarray(positions, np.int64)
-        counts, ends = self.counts, np.cumsum(self.counts)
-        size = int(ends[-1])
-        block, place = np.divmod(positions, size)
-        slot = permute(place, size, mix(self.seed, 1, block))
-        source = np.searchsorted(ends, slot, side="right")
-        turn = block * counts[source] + slot - (ends - counts)[source]
+        source, turn = deal(np.asarray(positions, np.int64), self.counts, (self.seed, 1))
         sample, epoch = np.empty_like(turn), np.empty_like(turn)
         for number in range(len(self.lengths)):
             mine = source == number
@@ -146,6 +166,81 @@ class TrainStream:
     def replacement(self, source: int, sample: int, epoch: int, attempt: int) -> int:
         """Returns the sample that stands in for an unreadable one; attempts count from 1."""
         return int(mix(self.seed, 3, source, epoch, sample, attempt) % np.uint64(self.lengths[source]))
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedStream:
+    """Streams that take turns batch by batch: every batch is drawn whole from one of them.
+
+    Which one is a function of (seed, step) alone, with exact shares in every block of steps. The n-th batch of a stream
+    holds positions n · batch_size, … of its own `TrainStream`, whose turns are those of the other streams left out.
+
+    Attributes:
+        lengths, weights: of all sources; weights compare sources of one stream only.
+        members: name of the stream that each source belongs to.
+        shares: share of the steps of each stream by name, any positive scale.
+        batch_size: rows of a batch.
+        seed: chooses every permutation.
+    """
+
+    lengths: tuple[int, ...]
+    weights: tuple[float, ...]
+    members: tuple[str, ...]
+    shares: Mapping[str, float]
+    batch_size: int
+    seed: int = 0
+
+    def __post_init__(self):
+        check_streams(self.members, self.shares)
+        _ = self._streams  # wrong weights are refused now, not at the first batch
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The streams, in alphabetical order: that of a configuration's keys must not matter."""
+        return tuple(sorted(self.shares))
+
+    @functools.cached_property
+    def counts(self) -> Int[np.ndarray, " streams"]:
+        """Batches of each stream in one block of steps."""
+        return block_counts([self.shares[name] for name in self.names])
+
+    @functools.cached_property
+    def _streams(self) -> list[tuple[Int[np.ndarray, " sources"], TrainStream]]:
+        """Of each stream, the numbers of its sources and its own stream."""
+        found = []
+        for number, name in enumerate(self.names):
+            sources = np.flatnonzero([member == name for member in self.members])
+            lengths, weights = tuple(self.lengths[i] for i in sources), tuple(self.weights[i] for i in sources)
+            found.append((sources, TrainStream(lengths, weights, int(mix(self.seed, 5, number)) >> 1)))
+        return found
+
+    def draw(self, positions: Int[np.ndarray, " n"]) -> Draws:
+        """Returns what stands at the given positions (any order, any subset)."""
+        step, row = np.divmod(np.asarray(positions, np.int64), self.batch_size)
+        choice, turn = deal(step, self.counts, (self.seed, 4))
+        source, sample, epoch = (np.empty_like(step) for _ in range(3))
+        for number, (sources, stream) in enumerate(self._streams):
+            mine = choice == number
+            if mine.any():
+                draws = stream.draw(turn[mine] * self.batch_size + row[mine])
+                source[mine], sample[mine], epoch[mine] = sources[draws.source], draws.sample, draws.epoch
+        return Draws(source, sample, epoch, np.ones(len(step), bool))
+
+    def replacement(self, source: int, sample: int, epoch: int, attempt: int) -> int:
+        """Returns the sample that stands in for an unreadable one; attempts count from 1."""
+        return int(mix(self.seed, 3, source, epoch, sample, attempt) % np.uint64(self.lengths[source]))
+
+    def name(self, step: int) -> str:
+        """The stream that the batch of a step (from 0) comes from."""
+        return self.names[int(deal(np.array([step]), self.counts, (self.seed, 4))[0][0])]
+
+    def steps(self, count: int) -> dict[str, int]:
+        """How many of the first `count` batches come from each stream."""
+        size = int(self.counts.sum())
+        first = count // size * size
+        rest = deal(np.arange(first, count), self.counts, (self.seed, 4))[0]
+        totals = count // size * self.counts + np.bincount(rest, minlength=len(self.names))
+        return dict(zip(self.names, totals.tolist(), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             record has.
     """
     options = {str(key): value for key, value in _plain(spec).items() if value is not None}
-    options.pop("weight", None)
+    for key in ("weight", "stream"):  # of mixtures
+        options.pop(key, None)
     kind = options.pop("kind", None)
     if kind not in KINDS:
         raise UserError(f"data source: unknown kind {kind!r}{did_you_mean(str(kind), KINDS)}")
@@ -82,14 +83,17 @@ def open_sources(specs: Sequence[Mapping[str, Any]]) -> tuple[list[Source], list
     """Opens the sources of a mixture; returns them with their weights (`weight` of each; none given: their sizes).
 
     Raises:
-        UserError: as `open_source`; also when only some have a weight, or one is negative.
+        UserError: as `open_source`; also when only some (of one `stream`) have a weight, or one is negative.
     """
     if not specs:
         raise UserError("data: no source given")
     plain = [_plain(spec) for spec in specs]
     given = [spec.get("weight") for spec in plain]
-    if any(weight is None for weight in given) and any(weight is not None for weight in given):
-        raise UserError("data sources: give `weight` for all of them or for none")
+    kinds = {(spec.get("stream"), weight is None) for spec, weight in zip(plain, given, strict=True)}
+    for stream, _ in kinds:
+        if {(stream, True), (stream, False)} <= kinds:
+            which = f" of stream {stream!r}" if stream is not None else ""
+            raise UserError(f"data sources: give `weight` for all of them{which} or for none")
     sources = [open_source(spec) for spec in plain]
     weights = [len(source) if weight is None else weight for source, weight in zip(sources, given, strict=True)]
     return sources, [float(weight) for weight in weights]
