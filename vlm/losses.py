@@ -32,12 +32,14 @@ def contrastive(
     text_embeds: Float[AnyArray, "b d"],
     scale: Scalar | float,
     *,
+    weights: Float[AnyArray, " b"] | None = None,
+    candidate_gradients: bool = True,
     form: Literal["auto", "rows", "ring"] = "auto",
 ) -> Scalar:
     """Symmetric InfoNCE over the global batch (Radford et al. 2021, figure 3).
 
-    With s = scale · image_embeds · text_embedsᵀ: the mean over i of
-    (logsumexp_j s_ij + logsumexp_j s_ji) / 2 − s_ii.
+    With s = scale · image_embeds · text_embedsᵀ: the sum over i of
+    weights_i · ((logsumexp_j s_ij + logsumexp_j s_ji) / 2 − s_ii).
 
     Under a mesh (`jax.set_mesh`) the batch is spread over every mesh axis that divides it, and no device ever holds
     the B × B logits. Value and gradients are those of one device with the whole batch:
@@ -49,6 +51,10 @@ def contrastive(
     Args:
       image_embeds, text_embeds: unit vectors; row i of one belongs to row i of the other.
       scale: inverse temperature, exp(logit_scale).
+      weights: share of every pair in the result, a constant; None: 1/B, the mean. A pair of weight 0 asks for nothing
+        but is a candidate of the others.
+      candidate_gradients: False: an embedding learns from its own row only, not from being a candidate of others (the
+        "local" gradients of gathering without them).
       form: how the same number is computed.
 
     Raises:
@@ -57,7 +63,10 @@ def contrastive(
     batch = image_embeds.shape[0]
     if form == "auto":
         form = "ring" if batch >= RING_FROM else "rows"
-    return _contrastive(image_embeds, text_embeds, jnp.asarray(scale, jnp.float32), form, _batch_axes(batch))
+    shares = jnp.full((batch,), 1 / batch, jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
+    scale = jnp.asarray(scale, jnp.float32)
+    how = (form, _batch_axes(batch), candidate_gradients)
+    return _contrastive(image_embeds, text_embeds, scale, jax.lax.stop_gradient(shares), how)
 
 
 def mean_squared_error(prediction: Float[AnyArray, "*b d"], target: Float[AnyArray, "*b d"]) -> Scalar:
@@ -142,36 +151,50 @@ def _batch_axes(batch: int) -> Axes:
 
 # -------------------------------------------------------------------------------- contrastive: value and gradient
 # s = scale · image · textᵀ is computed twice, block by block: once for the normalisers of both softmaxes, which are all
-# that the backward pass keeps, and once for the gradient. With w_ij = (softmax of row i + softmax of column j) / 2,
-#   B · d loss / d image_i = scale · (Σ_j w_ij text_j − text_i), likewise for texts, and
-#   B · d loss / d scale   = Σ_i image_i · (Σ_j w_ij text_j − text_i).
+# that the backward pass keeps, and once for the gradient. With the share v of every pair and
+# w_ij = (v_i · softmax of row i + v_j · softmax of column j) / 2,
+#   d loss / d image_i = scale · (Σ_j w_ij text_j − v_i text_i), likewise for texts, and
+#   d loss / d scale   = Σ_i image_i · (Σ_j w_ij text_j − v_i text_i).
+# A share is folded into its normaliser: v_i · exp(s_ij − n_i) = exp(s_ij − (n_i − ln v_i)).
+# Without the candidates' gradients images get the part of the rows, texts that of the columns, and half of v.
+
+How = tuple[str, Axes, bool]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _contrastive(image: jax.Array, text: jax.Array, scale: jax.Array, form: str, axes: Axes) -> jax.Array:
-    return _forward(image, text, scale, form, axes)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _contrastive(image: jax.Array, text: jax.Array, scale: jax.Array, shares: jax.Array, how: How) -> jax.Array:
+    return _forward(image, text, scale, shares, how)[0]
 
 
-def _forward(image: jax.Array, text: jax.Array, scale: jax.Array, form: str, axes: Axes) -> tuple[jax.Array, Any]:
+def _forward(image: jax.Array, text: jax.Array, scale: jax.Array, shares: jax.Array, how: How) -> tuple[jax.Array, Any]:
+    form, axes, _ = how
     split, whole = PartitionSpec(axes), PartitionSpec()
     normalisers, _ = _FORMS[form]
     local = _spread(normalisers, axes, (split, split, whole), (split, split))
     per_image, per_text = local(image, text, scale)
     positives = scale * jnp.sum(image.astype(jnp.float32) * text.astype(jnp.float32), axis=-1)
-    return jnp.mean((per_image + per_text) / 2 - positives), (image, text, scale, per_image, per_text)
+    value = jnp.sum(shares * ((per_image + per_text) / 2 - positives))
+    return value, (image, text, scale, shares, per_image, per_text)
 
 
-def _backward(form: str, axes: Axes, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(how: How, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    form, axes, candidates = how
     split, whole = PartitionSpec(axes), PartitionSpec()
     _, gradients = _FORMS[form]
-    image, text, scale, per_image, per_text = saved
+    image, text, scale, shares, per_image, per_text = saved
+    gradients = partial(gradients, candidates=candidates)
     local = _spread(gradients, axes, (split, split, whole, split, split), (split, split))
-    d_image, d_text = local(image, text, scale, per_image, per_text)
-    d_image -= text.astype(jnp.float32)
-    d_text -= image.astype(jnp.float32)
-    share = cotangent / image.shape[0]
-    d_scale = share * jnp.sum(d_image * image.astype(jnp.float32))
-    return (share * scale * d_image).astype(image.dtype), (share * scale * d_text).astype(text.dtype), d_scale
+    logs = jnp.log(shares)
+    d_image, d_text = local(image, text, scale, per_image - logs, per_text - logs)
+    own = (shares if candidates else shares / 2)[:, None]
+    d_image -= own * text.astype(jnp.float32)
+    d_text -= own * image.astype(jnp.float32)
+    d_scale = jnp.sum(d_image * image.astype(jnp.float32))
+    if not candidates:
+        d_scale += jnp.sum(d_text * text.astype(jnp.float32))
+    into = cotangent * scale
+    results = (into * d_image).astype(image.dtype), (into * d_text).astype(text.dtype), cotangent * d_scale
+    return *results, jnp.zeros_like(shares)
 
 
 _contrastive.defvjp(_forward, _backward)
@@ -190,14 +213,16 @@ def _logits(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _weighted(
-    image: jax.Array, text: jax.Array, scale: jax.Array, per_image: jax.Array, per_text: jax.Array
+    image: jax.Array, text: jax.Array, scale: jax.Array, per_image: jax.Array, per_text: jax.Array, candidates: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Σ_j w_ij text_j and Σ_i w_ij image_i of one block, in float32."""
+    """Σ_j w_ij text_j and Σ_i w_ij image_i of one block, in float32; without candidates' gradients of a part of w."""
     logits = _logits(image, text, scale)
-    weights = (jnp.exp(logits - per_image[:, None]) + jnp.exp(logits - per_text[None, :])) / 2
+    rows, columns = jnp.exp(logits - per_image[:, None]) / 2, jnp.exp(logits - per_text[None, :]) / 2
+    if candidates:
+        rows = columns = rows + columns
     return (
-        jnp.einsum("ij,jd->id", weights, text.astype(jnp.float32)),
-        jnp.einsum("ij,id->jd", weights, image.astype(jnp.float32)),
+        jnp.einsum("ij,jd->id", rows, text.astype(jnp.float32)),
+        jnp.einsum("ij,id->jd", columns, image.astype(jnp.float32)),
     )
 
 
@@ -214,13 +239,20 @@ def _rows_normalisers(image: jax.Array, text: jax.Array, scale: jax.Array, axes:
 
 
 def _rows_gradients(
-    image: jax.Array, text: jax.Array, scale: jax.Array, per_image: jax.Array, per_text: jax.Array, axes: Axes
+    image: jax.Array,
+    text: jax.Array,
+    scale: jax.Array,
+    per_image: jax.Array,
+    per_text: jax.Array,
+    *,
+    axes: Axes,
+    candidates: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sums of `_weighted` over the global batch, for this device's images and texts."""
     if not axes:
-        return _weighted(image, text, scale, per_image, per_text)
+        return _weighted(image, text, scale, per_image, per_text, candidates)
     text, per_text = (jax.lax.all_gather(x, axes, tiled=True) for x in (text, per_text))
-    d_image, d_text = _weighted(image, text, scale, per_image, per_text)
+    d_image, d_text = _weighted(image, text, scale, per_image, per_text, candidates)
     return d_image, jax.lax.psum_scatter(d_text, axes, tiled=True)
 
 
@@ -265,7 +297,14 @@ def _ring_normalisers(image: jax.Array, text: jax.Array, scale: jax.Array, axes:
 
 
 def _ring_gradients(
-    image: jax.Array, text: jax.Array, scale: jax.Array, per_image: jax.Array, per_text: jax.Array, axes: Axes
+    image: jax.Array,
+    text: jax.Array,
+    scale: jax.Array,
+    per_image: jax.Array,
+    per_text: jax.Array,
+    *,
+    axes: Axes,
+    candidates: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """What `_rows_gradients` returns, from one block of logits at a time; the texts' sums travel with them."""
 
@@ -274,7 +313,7 @@ def _ring_gradients(
 
         def block(d_texts: jax.Array, piece: Any) -> tuple[jax.Array, jax.Array]:
             rows, per_image, d_rows = piece
-            more_rows, more_texts = _weighted(rows, texts, scale, per_image, per_text)
+            more_rows, more_texts = _weighted(rows, texts, scale, per_image, per_text, candidates)
             return d_texts + more_texts, d_rows + more_rows
 
         d_texts, d_images = jax.lax.scan(block, d_texts, (images, normalisers, d_images))

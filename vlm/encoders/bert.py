@@ -1,7 +1,7 @@
 """BERT-style text encoder (Devlin et al. 2019; RoBERTa, Liu et al. 2019; XLM-R, Conneau et al. 2020).
 
 Post-norm like the originals or pre-norm (FLAVA); absolute positions or RoBERTa's padding-aware ones.
-Used by AltCLIP (XLM-R and the BERT student).
+Used by AltCLIP (XLM-R and the BERT student) and FLAVA.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class BertConfig:
     pre_norm: bool = False
     activation: str = "gelu"
     norm_eps: float = 1e-5
+    qkv_bias: bool = True
     pooler: bool = False
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
@@ -79,7 +80,7 @@ class Bert(nn.Module):
 
     def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.token_embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, pad_id=config.pad_id)
         table = partial(Embedding, features=config.hidden_size, axes=("position", "embed"), dtype=dtype)
         self.position_embedding = table(config.max_length)
         self.token_type_embedding = table(config.type_vocab_size)
@@ -124,7 +125,8 @@ class Bert(nn.Module):
         )
         hidden = self.output_norm(output.hidden) if config.pre_norm else output.hidden
         pooled = jnp.tanh(self.pooler(hidden[:, 0])) if config.pooler else None
-        return EncoderOutput(hidden, pooled, output.hidden_states, output.attentions)
+        states = output.hidden if config.pre_norm else None
+        return EncoderOutput(hidden, pooled, output.hidden_states, output.attentions, pre_norm_state=states)
 
     @nn.compact
     def _layers(self, hidden: jax.Array, mask: jax.Array | None, **flags: Any) -> StackOutput:
@@ -137,6 +139,7 @@ class Bert(nn.Module):
             activation=config.activation,
             norm_eps=config.norm_eps,
             pre_norm=config.pre_norm,
+            qkv_bias=config.qkv_bias,
             dropout_rate=config.dropout_rate,
             attention_dropout_rate=config.attention_dropout_rate,
             dtype=jnp.dtype(config.dtype),

@@ -18,6 +18,7 @@ class EncoderOutput:
       hidden_states: [layers + 1, B, L, E] on request; index 0 is the input of the first layer.
       attentions: [layers, B, H, L, L] on request; float32.
       cross_attentions: [layers, B, H, L, M] on request, where another sequence was read; float32.
+      pre_norm_state: [B, L, E], the last layer's output before the final norm, of an encoder that norms all tokens.
     """
 
     last_hidden_state: jax.Array
@@ -25,3 +26,4 @@ class EncoderOutput:
     hidden_states: Any = None
     attentions: Any = None
     cross_attentions: Any = None
+    pre_norm_state: Any = None

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from vlm.encoders.output import EncoderOutput
 from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import Linear, constrain, param
+from vlm.layers.masks import padding_mask
 from vlm.layers.norms import LayerNorm
 from vlm.layers.positions import resize_positions
 from vlm.layers.transformer import Remat, TransformerBlock, scan_layers
@@ -33,7 +34,9 @@ class ViTConfig:
         the last hidden state stays raw (CLIP); or "none". "twice" is "all" with the pooled token normalised once more
         by the same norm (HF's BlipModel; no released weights use it).
       mask_token: a learned embedding that replaces masked patches (masked image modelling).
-      init: "clip" scales by depth and width (Radford et al. 2021, HF's form); "normal" is N(0, 0.02).
+      pooler: tanh(Linear(class token)) as `pooler_output` instead of the class token itself (FLAVA).
+      init: "clip" scales by depth and width (Radford et al. 2021, HF's form); "normal" is N(0, 0.02); "zeros" is the
+        same for kernels, with class token and positions starting at 0 (FLAVA).
       remat, scan_unroll: see `layers.transformer.scan_layers`.
     """
 
@@ -51,10 +54,11 @@ class ViTConfig:
     class_token: bool = True
     qkv_bias: bool = True
     mask_token: bool = False
+    pooler: bool = False
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
-    init: Literal["clip", "normal"] = "clip"
+    init: Literal["clip", "normal", "zeros"] = "clip"
     dtype: str = "float32"
     remat: Remat = "none"
     scan_unroll: int = 1
@@ -74,6 +78,8 @@ class ViTConfig:
             a, b = getattr(self, whole), getattr(self, part)
             if b < 1 or a % b:
                 raise ValueError(f"vision.{whole}: expected a multiple of {part}={b}, found {a}")
+        if self.pooler and not self.class_token:
+            raise ValueError("vision.pooler: expected class_token=True beside it, found False")
 
 
 def patchify(image: Float[AnyArray, "b h w c"], patch_size: int) -> Float[Array, "b p f"]:
@@ -101,6 +107,7 @@ class ViT(nn.Module):
         image: Float[AnyArray, "b h w c"],
         *,
         patch_mask: Bool[AnyArray, "b p"] | None = None,
+        mask: Bool[AnyArray, "b n"] | None = None,
         deterministic: bool = True,
         interpolate_positions: bool = False,
         output_hidden_states: bool = False,
@@ -111,6 +118,7 @@ class ViT(nn.Module):
         Args:
           image: float[B, H, W, 3]; H and W equal `image_size` unless `interpolate_positions`.
           patch_mask: true where a patch is replaced by the mask embedding.
+          mask: true at the tokens (class token first) that others may attend to; None: all.
 
         Raises:
           ValueError: another image size without `interpolate_positions`, or a patch mask without a mask embedding.
@@ -124,6 +132,7 @@ class ViT(nn.Module):
             partial(TransformerBlock, **self._block()),
             config.num_layers,
             hidden,
+            *(() if mask is None else (padding_mask(mask),)),
             drop_path_rate=config.drop_path_rate,
             remat=config.remat,
             unroll=config.scan_unroll,
@@ -131,15 +140,18 @@ class ViT(nn.Module):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        hidden, pooled = output.hidden, output.hidden[:, 0] if config.class_token else None
+        hidden, pooled, states = output.hidden, output.hidden[:, 0] if config.class_token else None, None
         if config.output_norm != "none":
             norm = LayerNorm(config.norm_eps, dtype, name="output_norm")
             if config.output_norm in ("all", "twice"):
-                hidden = norm(hidden)
+                states, hidden = hidden, norm(hidden)
                 pooled = hidden[:, 0] if config.class_token else None
             if pooled is not None and config.output_norm in ("class", "twice"):
                 pooled = norm(pooled)
-        return EncoderOutput(hidden, pooled, output.hidden_states, output.attentions)
+        if config.pooler:
+            assert pooled is not None
+            pooled = jnp.tanh(Linear(config.hidden_size, ("embed", "projection"), dtype=dtype, name="pooler")(pooled))
+        return EncoderOutput(hidden, pooled, output.hidden_states, output.attentions, pre_norm_state=states)
 
     def _embed(self, image: jax.Array, patch_mask: Any, interpolate: bool) -> Float[Array, "b n e"]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
@@ -161,11 +173,13 @@ class ViT(nn.Module):
         elif config.mask_token:
             self._vector("mask_embedding", 0.0)
         if config.class_token:
-            token = self._vector("class_embedding", config.hidden_size**-0.5 if config.init == "clip" else 0.02)
+            stddev = {"clip": config.hidden_size**-0.5, "normal": 0.02, "zeros": 0.0}[config.init]
+            token = self._vector("class_embedding", stddev)
             token = jnp.broadcast_to(token.astype(dtype), (hidden.shape[0], 1, config.hidden_size))
             hidden = jnp.concatenate([token, hidden], axis=1)
         shape = (config.num_patches + int(config.class_token), config.hidden_size)
-        table = param(self, "position_embedding", normal(0.02), shape, ("position", "embed"))
+        init = nn.initializers.zeros_init() if config.init == "zeros" else normal(0.02)
+        table = param(self, "position_embedding", init, shape, ("position", "embed"))
         if interpolate:
             grid = (height // config.patch_size, width // config.patch_size)
             table = resize_positions(table, grid, num_prefix=int(config.class_token))

@@ -109,21 +109,33 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of vectors, looked up by integer id; `attend` multiplies with its transpose (tied output layer)."""
+    """A table of vectors, looked up by integer id; `attend` multiplies with its transpose (tied output layer).
+
+    Attributes:
+      pad_id: the row of padding: it starts at zero, and looking it up gives it no gradient (PyTorch's padding_idx).
+    """
 
     num_embeddings: int
     features: int
     axes: tuple[str | None, str] = ("vocab", "embed")
     embedding_init: Initializer = default_init
     dtype: Dtype = jnp.float32
+    pad_id: int | None = None
 
     def setup(self) -> None:
         shape = (self.num_embeddings, self.features)
-        self.embedding = param(self, "embedding", self.embedding_init, shape, self.axes)
+        self.embedding = param(self, "embedding", self._init, shape, self.axes)
 
     def __call__(self, ids: Int[AnyArray, "*b"]) -> Float[Array, "*b e"]:
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        rows = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        if self.pad_id is None:
+            return rows
+        return jnp.where(jnp.expand_dims(ids == self.pad_id, -1), jax.lax.stop_gradient(rows), rows)
 
     def attend(self, hidden: Float[AnyArray, "*b e"]) -> Float[Array, "*b v"]:
         """Scores `hidden` against every row of the table."""
         return jnp.dot(hidden.astype(self.dtype), self.embedding.astype(self.dtype).T)
+
+    def _init(self, *arguments: Any) -> jax.Array:
+        table = self.embedding_init(*arguments)
+        return table if self.pad_id is None else table.at[self.pad_id].set(0.0)

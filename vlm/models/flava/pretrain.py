@@ -1,0 +1,229 @@
+"""One pretraining step of FLAVA (Singh et al. 2022, section 3.2) on images, on texts, or on pairs.
+
+=========  ==============================================  ==============================
+batch      passes                                          losses
+=========  ==============================================  ==============================
+images     masked image                                    mim
+texts      masked text                                     mlm
+pairs      image, text, masked image, masked text, fusion  contrastive; mmm_image,
+           of the masked two                               mmm_text, itm
+=========  ==============================================  ==============================
+
+The masked and the unmasked pass of an encoder run as one batch of twice the rows. The heads run on the masked
+positions only, gathered to a static number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm.encoders.output import EncoderOutput
+from vlm.errors import UserError
+from vlm.family import Batch, Metrics, Params
+from vlm.layers.arrays import AnyArray
+from vlm.layers.norms import normalise
+from vlm.losses import contrastive, token_losses
+
+WEIGHTS = ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")
+"""The six losses; a loss setting of the same name weights each."""
+IGNORE = -100
+"""Label of a token that is not predicted."""
+
+
+def pretrain(model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any) -> tuple[Any, Metrics]:
+    """Sum of the weighted losses that the batch's modality has; every term in the metrics is before its weight.
+
+    Raises:
+      UserError: a batch without a modality, or without what a loss of its modality needs.
+    """
+    has = {"image": "image" in batch, "text": "tokens" in batch}
+    if not any(has.values()):
+        raise UserError(f"objective 'pretrain' needs image or tokens; the examples give {', '.join(sorted(batch))}")
+    if has["image"] and (config.mmm_image if has["text"] else config.mim):
+        _need(batch, "patch_mask", "config.processor.mask_patches")
+        if "patch_labels" not in batch and "codebook_image" not in batch:
+            raise UserError("objective 'pretrain' needs codebook_image or patch_labels for the masked patches")
+    if has["text"] and (config.mmm_text if has["image"] else config.mlm):
+        _need(batch, "masked_tokens", "config.processor.mlm_probability")
+        _need(batch, "token_labels", "config.processor.mlm_probability")
+    step = _Step(model, params, batch, rng, config)
+    terms = step.pairs() if all(has.values()) else step.images() if has["image"] else step.texts()
+    weighted = [getattr(config, name) * terms[name] for name in WEIGHTS if name in terms]
+    return sum(weighted, jnp.zeros(())), terms
+
+
+def _need(batch: Batch, name: str, setting: str) -> None:
+    if name not in batch:
+        raise UserError(f"objective 'pretrain' needs {name} ({setting}); the examples give {', '.join(sorted(batch))}")
+
+
+def masked_positions(
+    selected: Bool[AnyArray, "b n"], count: int | None
+) -> tuple[Int[Array, "b k"], Bool[Array, "b k"]]:
+    """The first `count` selected positions of each row, and which of them are real: rows may have fewer."""
+    selected = jnp.asarray(selected)
+    order = jnp.argsort(~selected, axis=1, stable=True)[:, :count]
+    return order, jnp.take_along_axis(selected, order, axis=1)
+
+
+def grouped_mean(values: Float[AnyArray, "b ..."], keep: Bool[AnyArray, "b ..."], size: int | None) -> Float[Array, ""]:
+    """The mean of the kept values of every `size` rows, averaged over the groups; a group without any counts as 0."""
+    rows = len(values) // (len(values) if size is None else size)
+    values, keep = (jnp.asarray(x, jnp.float32).reshape(rows, -1) for x in (values, keep))
+    return jnp.mean((values * keep).sum(1) / jnp.maximum(keep.sum(1), 1.0))
+
+
+class _Step:
+    """The passes and losses of one batch."""
+
+    def __init__(self, model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any):
+        self.model, self.params, self.batch, self.config = model, params, batch, config
+        self.rngs = {"dropout": rng}
+        self.count = len(batch["image"] if "image" in batch else batch["tokens"])
+        if config.group_size is not None and self.count % config.group_size:
+            found = f"found {config.group_size}"
+            raise UserError(f"config.loss.group_size: expected a divisor of the batch of {self.count}, {found}")
+
+    def apply(self, method: Any, *inputs: Any, **more: Any) -> Any:
+        """Calls a method of the model."""
+        return self.model.apply({"params": self.params}, *inputs, method=method, rngs=self.rngs, **more)
+
+    def images(self) -> Metrics:
+        """Masked image modelling."""
+        states = self.apply(self.model.encode_image_states, self.batch["image"], self.batch["patch_mask"], **_TRAIN)
+        return self._patches("mim", states.last_hidden_state[:, 1:], jnp.ones((self.count,), bool))
+
+    def texts(self) -> Metrics:
+        """Masked language modelling."""
+        batch, types = self.batch, self._types(1)
+        states = self.apply(self.model.encode_text_states, batch["masked_tokens"], batch["mask"], **types, **_TRAIN)
+        return self._tokens("mlm", states.last_hidden_state, jnp.ones((self.count,), bool))
+
+    def pairs(self) -> Metrics:
+        """Contrastive on the pair as it is; masked modelling and matching on the masked pair."""
+        config, batch, model = self.config, self.batch, self.model
+        fused = config.mmm_image or config.mmm_text or config.itm
+        passes = [masked for masked, wanted in ((False, config.contrastive), (True, fused)) if wanted]
+        images, texts = self._images(passes), self._texts(passes)
+        positive, terms = self._positive(), {}
+        if config.contrastive:
+            towers = (("vision", images[0]), ("text", texts[0]))
+            embeds: Any = [normalise(self.apply(model.project, name, output)) for name, output in towers]
+            shares = positive / self._groups(positive)
+            scale = jnp.exp(self.params["logit_scale"])
+            value = contrastive(*embeds, scale, weights=shares, candidate_gradients=config.candidate_gradients)
+            cosine = jnp.sum(embeds[0] * embeds[1], axis=-1)
+            terms |= {"contrastive": value, "logit_scale": scale, "positive_cosine": jnp.sum(shares * cosine)}
+        if fused:
+            hidden = self.apply(
+                model.encode_multimodal, images[-1], texts[-1], batch["mask"], **_TRAIN
+            ).last_hidden_state
+            patches, words = self.apply(model.split, hidden, batch["tokens"].shape[1])
+            if config.mmm_image:
+                terms |= self._patches("mmm_image", patches, positive)
+            if config.mmm_text:
+                terms |= self._tokens("mmm_text", words, positive)
+            if config.itm and "itm_labels" in batch:
+                terms |= self._matching(hidden)
+        return terms
+
+    def _images(self, passes: list[bool]) -> list[EncoderOutput]:
+        """The image encoder's outputs, unmasked or masked; both in one call."""
+        patch_mask = self.batch.get("patch_mask")
+        if patch_mask is None:
+            output = self.apply(self.model.encode_image_states, self.batch["image"], **_TRAIN)
+            return [output] * len(passes)
+        mask = _interleave([patch_mask if masked else jnp.zeros_like(patch_mask) for masked in passes])
+        image = _interleave([self.batch["image"]] * len(passes))
+        return _separate(self.apply(self.model.encode_image_states, image, mask, **_TRAIN), len(passes))
+
+    def _texts(self, passes: list[bool]) -> list[EncoderOutput]:
+        """The same of the text encoder."""
+        tokens = self.batch["tokens"]
+        masked_tokens = self.batch.get("masked_tokens", tokens)
+        tokens = _interleave([masked_tokens if masked else tokens for masked in passes])
+        mask = _interleave([self.batch["mask"]] * len(passes))
+        types = self._types(len(passes))
+        return _separate(self.apply(self.model.encode_text_states, tokens, mask, **types, **_TRAIN), len(passes))
+
+    def _types(self, count: int) -> dict[str, Any]:
+        types = self.batch.get("token_types")
+        return {} if types is None else {"token_types": _interleave([types] * count)}
+
+    def _positive(self) -> jax.Array:
+        """Which pairs [B] belong together; all of a group where none does."""
+        labels, size = self.batch.get("itm_labels"), self.config.group_size
+        if labels is None or (self.config.unfiltered_without_itm and not self.config.itm):
+            return jnp.ones((self.count,), bool)
+        groups = (labels != 0).reshape(-1, self.count if size is None else size)
+        return (groups | ~groups.any(1, keepdims=True)).reshape(-1)
+
+    def _groups(self, positive: jax.Array) -> jax.Array:
+        """What a pair's 1 is divided by in a mean over positive pairs, group by group."""
+        size = self.config.group_size or self.count
+        groups = positive.astype(jnp.float32).reshape(-1, size)
+        return jnp.repeat(groups.sum(1) * len(groups), size)
+
+    def _matching(self, hidden: jax.Array) -> Metrics:
+        labels = (self.batch["itm_labels"] != 0).astype(jnp.int32)
+        logits = self.apply(self.model.predict_match, hidden)
+        losses, all_pairs = token_losses(logits, labels), jnp.ones_like(labels, bool)
+        right = grouped_mean(logits.argmax(-1) == labels, all_pairs, self.config.group_size)
+        return {"itm": grouped_mean(losses, all_pairs, self.config.group_size), "itm_accuracy": right}
+
+    def _patches(self, head: str, states: jax.Array, rows: jax.Array) -> Metrics:
+        """Cross-entropy of the visual words of masked patches."""
+        patch_mask = self.batch["patch_mask"]
+        index, real = masked_positions(patch_mask, self.config.max_masked_patches)
+        if "patch_labels" in self.batch:
+            labels = jnp.take_along_axis(self.batch["patch_labels"], index, axis=1)
+        else:
+            labels = jax.lax.stop_gradient(self._codebook(index))
+        return self._predict(head, states, labels, index, real, rows, patch_mask)
+
+    def _codebook(self, index: jax.Array) -> jax.Array:
+        if self.model.config.codebook is None:
+            raise UserError("batches hold codebook_image, and config.model.codebook is None: found no codebook for it")
+        if self.params["codebook"]["out"]["kernel"].dtype != jnp.float32:
+            raise UserError("the image codebook needs float32: expected config.precision.frozen='float32'")
+        image = self.batch["codebook_image"]
+        if image.dtype == jnp.uint8:
+            image = 0.8 / 255 * image.astype(jnp.float32) + 0.1
+        return self.apply(self.model.codebook_labels, jax.lax.stop_gradient(image), index)
+
+    def _tokens(self, head: str, states: jax.Array, rows: jax.Array) -> Metrics:
+        """Cross-entropy of the tokens that were hidden."""
+        selected = self.batch["token_labels"] != IGNORE
+        index, real = masked_positions(selected, self.config.max_masked_tokens)
+        labels = jnp.take_along_axis(self.batch["token_labels"], index, axis=1)
+        return self._predict(head, states, labels, index, real, rows, selected)
+
+    def _predict(self, head: str, states: Any, labels: Any, index: Any, real: Any, rows: Any, selected: Any) -> Metrics:
+        states = jnp.take_along_axis(states, index[:, :, None], axis=1)
+        logits = self.apply(self.model.predict_masked, head, states)
+        keep, size = real & rows[:, None], self.config.group_size
+        losses = token_losses(logits, jnp.where(keep, labels, IGNORE))
+        right = grouped_mean(logits.argmax(-1) == labels, keep, size)
+        terms = {head: grouped_mean(losses, keep, size), f"{head}_accuracy": right}
+        if index.shape[1] < selected.shape[1]:
+            terms[f"{head}_dropped"] = (selected.sum() - real.sum()) / jnp.maximum(selected.sum(), 1)
+        return terms
+
+
+_TRAIN = {"deterministic": False}
+
+
+def _interleave(arrays: list[Any]) -> jax.Array:
+    """Rows a0 b0 a1 b1 …: unlike one array after the other, every row stays on its device."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:]) if len(arrays) > 1 else jnp.asarray(arrays[0])
+
+
+def _separate(output: EncoderOutput, count: int) -> list[EncoderOutput]:
+    """The outputs of each of `count` interleaved batches."""
+    if count == 1:
+        return [output]
+    return [jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, i], output) for i in range(count)]  # noqa: B023
