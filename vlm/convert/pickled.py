@@ -1,8 +1,9 @@
 """Reads the pickle inside a PyTorch file as data: a small interpreter that can name tensors and nothing else.
 
 No pickle machinery of Python runs and nothing is ever imported. A reference to a class or function is a pair of
-names; the few that PyTorch uses to describe tensors are looked up in a fixed table, and any other is refused.
-Memory and time are bounded by the file: opcode count, line length and nesting cannot be used as bombs.
+names; the few that PyTorch uses to describe tensors are looked up in a fixed table, and any other is refused, or on
+request becomes an inert record of what the file says about it. Memory and time are bounded by the file: opcode count,
+line length and nesting cannot be used as bombs.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ class _Name:
         return ascii(f"{self.module}.{self.name}")[1:-1]
 
 
-class _Module(dict):
-    """An object of a TorchScript archive, as the dictionary of its attributes."""
+class Record(dict):
+    """An object, as the dictionary of its attributes: of a TorchScript archive, or of a class that is not looked up."""
 
 
 class _Refused(Exception):
@@ -110,16 +111,21 @@ class _Reader:
         return line[:end]
 
 
-def load(data: memoryview, position: int = 0, *, source: str = "pickle") -> tuple[Any, int]:
+def load(data: memoryview, position: int = 0, *, source: str = "pickle", objects: bool = False) -> tuple[Any, int]:
     """Interprets one pickle and returns (value, position after it).
 
-    The value is made of dict, list, tuple, str, numbers, None, `Storage` and `StoredTensor`.
+    The value is made of dict, list, tuple, str, numbers, None, `Storage`, `StoredTensor` and `Record`.
+
+    Args:
+        objects: unknown objects become records of their attributes, and what unknown functions would return an empty
+            record. Nothing of them is looked up or run in either case.
 
     Raises:
-        UserError: the pickle is damaged, or contains anything that is not a tensor or a plain container.
+        UserError: the pickle is damaged, or contains anything that is not a tensor or a plain container (with
+            `objects`: uses instructions that PyTorch does not).
     """
     reader = _Reader(data, position)
-    machine = _Machine()
+    machine = _Machine(objects)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(Any, reader))):
             if count == MAX_OPCODES:
@@ -135,7 +141,8 @@ def load(data: memoryview, position: int = 0, *, source: str = "pickle") -> tupl
 class _Machine:
     """Stack, memo and the instructions that PyTorch's writers emit."""
 
-    def __init__(self):
+    def __init__(self, objects: bool = False):
+        self.objects = objects
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -189,35 +196,50 @@ class _Machine:
                 target[key] = value
 
     def append_items(self, items: list[Any] | tuple[Any, ...]) -> None:
+        if self.objects and isinstance(self.stack[-1], Record):  # a kind of list, of which only attributes are kept
+            return
         if not isinstance(self.stack[-1], list):
             raise TypeError
         self.stack[-1].extend(items)
 
-    def stack_global(self, _: Any) -> None:
-        self.stack.append(_known(*self.pop(2)))
+    def reference(self, module: Any, name: Any) -> None:
+        reference = _Name(_text(module), _text(name))
+        if not self.objects and not _is_known(reference):
+            raise _Refused(f"a reference to {reference}")
+        self.stack.append(reference)
 
     def reduce(self, _: Any) -> None:
         function, arguments = self.pop(2)
-        if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise _Refused("a call of something that is not a known function")
-        self.stack.append(_call(function, arguments))
+        if isinstance(function, _Name) and isinstance(arguments, tuple) and function in _FUNCTIONS:
+            self.stack.append(_FUNCTIONS[function](*arguments))
+        elif self.objects:
+            self.stack.append(Record())
+        else:
+            raise _Refused(f"a call of {function if isinstance(function, _Name) else 'no known function'}")
 
     def new_object(self, _: Any) -> None:
         cls, arguments = self.pop(2)
+        if self.objects:
+            self.stack.append(Record())
+            return
         if not isinstance(cls, _Name) or not _is_script_class(cls) or arguments != ():
             raise _Refused(f"creation of an object of {cls if isinstance(cls, _Name) else 'an unknown class'}")
-        self.stack.append(_Module())
+        self.stack.append(Record())
 
     def build(self, _: Any) -> None:
         (state,) = self.pop(1)
         target = self.stack[-1]
-        if isinstance(target, _Module) and isinstance(state, dict):
+        if isinstance(target, Record) and isinstance(state, dict):
             target.update(state)
-        elif type(target) is not dict:  # an OrderedDict's `_metadata` is dropped, nothing else has a state
+        elif type(target) is not dict and not self.objects:
+            # an OrderedDict's `_metadata` is dropped, nothing else has a state
             raise _Refused("a change of an object's state")
 
     def persistent(self, _: Any) -> None:
         (identifier,) = self.pop(1)
+        if self.objects and identifier[0] == "module":  # a class, with its source code, in the format before 1.6
+            self.stack.append(identifier[1])
+            return
         kind, cls, key, _location, size, *views = identifier
         if kind != "storage" or not isinstance(cls, _Name) or any(view is not None for view in views):
             raise _Refused("an unknown kind of storage")
@@ -251,8 +273,8 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEMS": lambda machine, _: machine.set_items(machine.items()),
     "APPEND": lambda machine, _: machine.append_items(machine.pop(1)),
     "APPENDS": lambda machine, _: machine.append_items(machine.items()),
-    "GLOBAL": lambda machine, argument: machine.push(_known(*argument.rsplit(" ", 1))),
-    "STACK_GLOBAL": _Machine.stack_global,
+    "GLOBAL": lambda machine, argument: machine.reference(*argument.rsplit(" ", 1)),
+    "STACK_GLOBAL": lambda machine, _: machine.reference(*machine.pop(2)),
     "REDUCE": _Machine.reduce,
     "NEWOBJ": _Machine.new_object,
     "BUILD": _Machine.build,
@@ -264,21 +286,12 @@ def _is_script_class(name: _Name) -> bool:
     return name.module == "__torch__" or name.module.startswith("__torch__.")
 
 
-def _known(module: Any, name: Any) -> _Name:
-    """Admits a reference only when it is one of PyTorch's words for describing tensors."""
-    reference = _Name(_text(module), _text(name))
+def _is_known(reference: _Name) -> bool:
+    """Whether a reference is one of PyTorch's words for describing tensors."""
     storage = reference.module in ("torch", "torch.storage", "torch.cuda") and reference.name in _STORAGES
     dtype = reference.module == "torch" and reference.name in _DTYPES
     marker = reference in (_Name("torch.nn.parameter", "Parameter"), _Name("torch", "Tensor"))
-    if storage or dtype or marker or reference in _FUNCTIONS or _is_script_class(reference):
-        return reference
-    raise _Refused(f"a reference to {reference}")
-
-
-def _call(function: _Name, arguments: tuple[Any, ...]) -> Any:
-    if function not in _FUNCTIONS:
-        raise _Refused(f"a call of {function}")
-    return _FUNCTIONS[function](*arguments)
+    return storage or dtype or marker or reference in _FUNCTIONS or _is_script_class(reference)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlm.convert import pickled
-from vlm.convert.pickled import StoredTensor
+from vlm.convert.pickled import Record, StoredTensor
 from vlm.convert.safetensors_file import open_safetensors, unique_keys
 from vlm.convert.views import TensorView, from_array
 from vlm.convert.zip_file import stored_members
@@ -32,7 +32,8 @@ _NAMES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_MAX_MODULES = 100_000
 _MAX_INDEX_BYTES = 64 * 2**20
 
 
@@ -41,7 +42,8 @@ def open_tensors(path: str | Path) -> dict[str, TensorView]:
 
     Args:
         path: a .safetensors, .bin, .pt or .pth file, an `*.index.json` of shards, or a folder with one of them.
-            Checkpoint wrappers ("state_dict", "model", "module" ...) and a common "module." prefix are removed.
+            Checkpoint wrappers ("state_dict", "model", "module" ...) and a common "module." prefix are removed. Of a
+            whole pickled module, only the names and tensors that its state dict would have are read.
 
     Raises:
         UserError: the file is missing, damaged, of an unknown format, or holds anything else than tensors.
@@ -119,7 +121,7 @@ def _open_torch(path: Path, read: Callable[[Path, np.ndarray], tuple[Any, Locate
     data = np.memmap(path, np.uint8, "r")
     value, locate = read(path, data)
     stored: dict[str, StoredTensor] = {}
-    _collect(_unwrap(value), "", stored, depth=0)
+    _collect(_state_dict(_unwrap(value)), "", stored, depth=0)
     if not stored:
         raise UserError(f"{path}: no tensors found")
     if stored and all(name.startswith("module.") for name in stored):  # DistributedDataParallel
@@ -133,10 +135,55 @@ def _unwrap(value: Any) -> Any:
     """Removes the layers that training scripts put around a state dict: {"model": {...}, "epoch": 3}."""
     for _ in range(4):
         inner = [value[key] for key in _WRAPPERS if isinstance(value, dict) and isinstance(value.get(key), dict)]
-        if not inner or any(isinstance(entry, StoredTensor) for entry in value.values()):
+        if not inner or _is_module(value) or any(isinstance(entry, StoredTensor) for entry in value.values()):
             break
         value = inner[0]
     return value
+
+
+def _is_module(value: Any) -> bool:
+    """Whether a value is what is left of a pickled `torch.nn.Module`."""
+    return isinstance(value, Record) and all(type(value.get(key)) is dict for key in ("_parameters", "_modules"))
+
+
+def _state_dict(value: Any) -> Any:
+    """A pickled module as nested dictionaries of its parameters and buffers; anything else as it is."""
+    if not _is_module(value):
+        return value
+    root: dict[str, Any] = {}
+    pending, count = [(value, root, 0)], 0
+    while pending:
+        module, tensors, depth = pending.pop()
+        count += 1
+        if count > _MAX_MODULES or depth > 32:
+            raise UserError(f"refused: modules nested deeper than 32, or more than {_MAX_MODULES:,}")
+        for group in ("_parameters", "_buffers"):
+            entries = module.get(group)
+            if type(entries) is dict:
+                tensors |= {name: entry for name, entry in entries.items() if isinstance(entry, StoredTensor)}
+        for name, child in module["_modules"].items():
+            if _is_module(child):
+                tensors[name] = {}
+                pending.append((child, tensors[name], depth + 1))
+    return root
+
+
+def _load_pickle(data: memoryview, position: int = 0, *, source: str) -> tuple[Any, int]:
+    """As `pickled.load`; a file that is refused for its objects is read as records if it holds a whole module.
+
+    Raises:
+        UserError: it holds anything else, then in the words of the refusal.
+    """
+    try:
+        return pickled.load(data, position, source=source)
+    except UserError as refused:
+        try:
+            value, end = pickled.load(data, position, source=source, objects=True)
+        except UserError:
+            raise refused from None
+        if not _is_module(_unwrap(value)):
+            raise
+        return value, end
 
 
 def _collect(value: Any, name: str, found: dict[str, StoredTensor], depth: int) -> None:
@@ -181,7 +228,7 @@ def _read_zip(path: Path, data: np.ndarray) -> tuple[Any, Locate]:
     if order and bytes(data[order[0] : order[0] + order[1]]) != b"little":
         raise UserError(f"{path}: written on a big-endian machine, expected little-endian")
     start, size = members[pickles[0]]
-    value, _ = pickled.load(data.data[start : start + size], source=str(path))
+    value, _ = _load_pickle(data.data[start : start + size], source=str(path))
 
     def locate(key: str) -> tuple[int, int]:
         if f"{root}data/{key}" not in members:
@@ -201,7 +248,7 @@ def _read_stream(path: Path, data: np.ndarray) -> tuple[Any, Locate]:
         raise UserError(f"{path}: unknown version of the PyTorch stream format")
     if not system.get("little_endian", True):
         raise UserError(f"{path}: written on a big-endian machine, expected little-endian")
-    value, position = pickled.load(view, position, source=source)
+    value, position = _load_pickle(view, position, source=source)
     keys, position = pickled.load(view, position, source=source)
     sizes = _storage_bytes(value)
     if not isinstance(keys, list) or any(key not in sizes for key in keys):
