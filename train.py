@@ -64,7 +64,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
     from vlm import workdir as folder
     from vlm.checkpoint import Checkpoints
     from vlm.checkpoint.processes import from_primary
-    from vlm.experiment import compile_step, experiment, make_loader, make_processor, make_report
+    from vlm.experiment import Steps, experiment, make_loader, make_processor, make_report
     from vlm.preemption import Preemption
     from vlm.tree import listing
 
@@ -94,18 +94,23 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         state = begin(settings, parts.init, placements, mesh, checkpoints, loader.fingerprint, allow_change)
         from_primary(lambda: folder.record(workdir, config, processor))
 
-        # The step, compiled for the first batch; then the loop.
-        batches = stack.enter_context(loader.iterate(int(state.step)))
+        # The step, compiled for the first batch of every structure; then the loop.
+        start = int(state.step)
+        batches = stack.enter_context(loader.iterate(start))
         feed = device_batches(batches, split, settings.data.batch_size)
-        if int(state.step) >= settings.train.steps:
+        if start >= settings.train.steps:
             return 0
+        steps = Steps(settings, parts, split)
+
+        def prepare(number: int, state: Any, batch: Any) -> float:
+            if "image" in batch:
+                images = batch["image"].addressable_data(0)  # of this host
+                from_primary(lambda: str(folder.save_samples(workdir, images, number, settings.train.sample_images)))
+            return steps(state, batch)[1]
+
         first = next(feed)
-        if "image" in first[0]:
-            images = first[0]["image"].addressable_data(0)  # of this host
-            shown = int(state.step), settings.train.sample_images
-            from_primary(lambda: str(folder.save_samples(workdir, images, *shown)))
-        step, flops = compile_step(settings, parts, state, first[0], split)
-        report = stack.enter_context(make_report(settings, config, workdir, flops, int(state.step)))
+        flops = prepare(start, state, first[0])
+        report = stack.enter_context(make_report(settings, config, workdir, flops, start, loader.steps_of_streams))
 
         def save(number: int, state: Any, wait: bool = False) -> None:
             position = {"step": number, "fingerprint": loader.fingerprint}
@@ -120,7 +125,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
             axes = sharding.batch_axes(settings.sharding.rules)
             return evaluation.run(evaluations, parts.model, state.params, processor, batch_axes=axes, **settled)
 
-        return loop(settings, state, step, first, feed, report, save, evaluate, preemption)
+        return loop(settings, state, steps, prepare, first, feed, report, save, evaluate, preemption)
 
 
 def begin(
@@ -162,7 +167,8 @@ def device_batches(batches: Iterator[Any], split: Any, batch_size: int) -> Itera
 def loop(
     settings: Config,
     state: Any,
-    step: Any,
+    steps: Any,
+    prepare: Any,
     item: tuple[Any, float, float],
     feed: Iterator[tuple[Any, float, float]],
     report: Any,
@@ -177,8 +183,13 @@ def loop(
     due = lambda number, every: bool(every) and (number % every == 0 or number == last)  # noqa: E731
     for number in range(first, last + 1):
         batch, tokens, waited = item
+        if batch not in steps:  # the first of another stream
+            with report.paused():
+                flops = prepare(number - 1, state, batch)
+                report.say(f"batches of {', '.join(sorted(batch))}: {flops / 1e9:.4g} GFLOP per step")
+        step, flops = steps(state, batch)
         state, metrics = step(state, batch)
-        report.dispatched(number, metrics, tokens, waited)
+        report.dispatched(number, metrics, tokens, waited, flops)
         stopping = preemption.stop()
         if number < last and not stopping:
             item = next(feed)  # while the step runs

@@ -63,12 +63,12 @@ class Clock:
 
             return timed, flops
 
-        def timed_finish(report: Any, step: int, values: Any, tokens: float, waited: float) -> None:
+        def timed_finish(report: Any, step: int, values: Any, tokens: float, waited: float, flops: float) -> None:
             began = time.perf_counter()
             jax.block_until_ready(values)
             self.spent["device"] += time.perf_counter() - began
             self.spent["data"] += waited
-            finish(report, step, values, tokens, waited)
+            finish(report, step, values, tokens, waited, flops)
 
         @contextlib.contextmanager
         def timed_pause(report: Any) -> Iterator[None]:

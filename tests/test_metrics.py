@@ -66,9 +66,9 @@ class Clock:
 
 def test_rates(monkeypatch):
     clock = Clock(monkeypatch)
-    rates = metrics.Rates(examples=32, flops=5e12, peak=20e12)
-    for _ in range(4):
-        rates.step(tokens=100, waited=0.25)
+    rates = metrics.Rates(examples=32, peak=20e12)
+    for flops in (2e12, 8e12, 8e12, 2e12):
+        rates.step(tokens=100, waited=0.25, flops=flops)
     clock.now += 10
     rates.pause(8)
     values = rates.report()
@@ -82,7 +82,7 @@ def test_rates(monkeypatch):
     }
     clock.now += 1
     assert rates.report()["steps_per_second"] == 0
-    assert "mfu" not in metrics.Rates(1, 1.0, None).report()
+    assert "mfu" not in metrics.Rates(1, None).report()
 
 
 def test_progress_lines(monkeypatch):
@@ -124,10 +124,10 @@ class Scalar(float):
 def test_metrics_are_read_late_and_in_order(tmp_path):
     writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
     progress = metrics.Progress(9, stream=io.StringIO())
-    report = metrics.Report(metrics.Rates(1, 1.0, None), progress, writer, log_every=2, max_bad_steps=3)
+    report = metrics.Report(metrics.Rates(1, None), progress, writer, log_every=2, max_bad_steps=3)
     Scalar.read = ()
     for step in range(1, 6):
-        report.dispatched(step, {"bad_steps_in_a_row": Scalar(step / 10), "loss": step}, 0, 0)
+        report.dispatched(step, {"bad_steps_in_a_row": Scalar(step / 10), "loss": step}, 0, 0, 0)
         assert len(Scalar.read) == max(0, step - report.LAG)
     with report.paused():
         assert Scalar.read == (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -136,7 +136,7 @@ def test_metrics_are_read_late_and_in_order(tmp_path):
     assert lines(tmp_path)[-1]["eval/accuracy"] == 0.5
     with pytest.raises(metrics.Diverged, match="3 steps in a row, up to step 8"):
         for step in range(6, 12):
-            report.dispatched(step, {"bad_steps_in_a_row": step - 5}, 0, 0)
+            report.dispatched(step, {"bad_steps_in_a_row": step - 5}, 0, 0, 0)
     writer.close()
 
 
@@ -146,9 +146,9 @@ def test_the_last_step_is_logged_whatever_the_interval(tmp_path):
         writer = metrics.MetricsWriter(folder, tensorboard=False)
         stream = io.StringIO()
         progress = metrics.Progress(last, stream=stream)
-        report = metrics.Report(metrics.Rates(1, 1.0, None), progress, writer, log_every, 3, last)
+        report = metrics.Report(metrics.Rates(1, None), progress, writer, log_every, 3, last)
         for step in range(1, last + 1):
-            report.dispatched(step, {"bad_steps_in_a_row": 0, "loss": step}, 0, 0)
+            report.dispatched(step, {"bad_steps_in_a_row": 0, "loss": step}, 0, 0, 0)
         report.settle()
         writer.close()
         assert [line["step"] for line in lines(folder)] == logged
@@ -157,10 +157,32 @@ def test_the_last_step_is_logged_whatever_the_interval(tmp_path):
 
 def test_a_full_disk_stops_the_run_where_all_hosts_can_hear_of_it(tmp_path, monkeypatch):
     writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
-    report = metrics.Report(metrics.Rates(1, 1.0, None), metrics.Progress(9, stream=io.StringIO()), writer, 1, 3)
+    report = metrics.Report(metrics.Rates(1, None), metrics.Progress(9, stream=io.StringIO()), writer, 1, 3)
     monkeypatch.setattr(writer, "write", lambda step, values: (_ for _ in ()).throw(OSError(28, "No space left")))
     for step in range(1, 5):
-        report.dispatched(step, {"bad_steps_in_a_row": 0}, 0, 0)
+        report.dispatched(step, {"bad_steps_in_a_row": 0}, 0, 0, 0)
     with pytest.raises(UserError, match=r"metrics\.jsonl: No space left"), report.paused():
         raise AssertionError("the run went on")
     writer.close()
+
+
+def test_metrics_of_streams_are_means_of_the_steps_that_had_them(tmp_path):
+    writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
+    progress, counts = metrics.Progress(4, stream=io.StringIO()), {2: {"a": 1, "b": 1}, 4: {"a": 3, "b": 1}}
+    report = metrics.Report(metrics.Rates(1, None), progress, writer, 2, 3, None, counts.get)
+    shared = {"bad_steps_in_a_row": 0, "bad_steps": 0}
+    steps = [
+        {"loss": 1.0, "mim": 1.0, "learning_rate": 0.1},
+        {"loss": 3.0, "mlm": 3.0, "learning_rate": 0.2},
+        {"loss": 5.0, "mim": 5.0, "learning_rate": 0.3},
+        {"loss": math.nan, "mim": math.nan, "learning_rate": 0.4, "bad_steps_in_a_row": 1, "bad_steps": 1},
+    ]
+    for step, values in enumerate(steps, 1):
+        report.dispatched(step, shared | values, 0, 0, 0)
+    report.settle()
+    writer.close()
+    first, second = lines(tmp_path)
+    wanted = {"loss": 2.0, "mim": 1.0, "mlm": 3.0, "learning_rate": 0.2, "steps/a": 1, "steps/b": 1}
+    assert {name: first[name] for name in wanted} == wanted
+    wanted = {"loss": 5.0, "mim": 5.0, "learning_rate": 0.4, "steps/a": 3, "bad_steps": 1}
+    assert {name: second[name] for name in wanted} == wanted and "mlm" not in second

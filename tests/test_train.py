@@ -1,5 +1,6 @@
 """The command, run as users run it: whole runs of a toy family, stopped, resumed, on several devices and hosts."""
 
+import functools
 import json
 import os
 import pathlib
@@ -117,6 +118,69 @@ def test_a_signal_saves_and_the_next_start_goes_on_bit_for_bit(tmp_path, data, c
 
 def metrics_so_far(workdir):
     return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.fixture
+def mixed(data, tmp_path):
+    """A configuration with two streams: texts with images, and texts alone."""
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text("".join(json.dumps({"text": str(2000 + i * 7), "alone": 1}) + "\n" for i in range(30)))
+    config = tmp_path / "mixed.py"
+    config.write_text(
+        f"import runpy\ndef get_config(data=''):\n    config = runpy.run_path({str(CONFIG)!r})['get_config'](data)\n"
+        "    config.data.streams = {'pairs': 2.0, 'text': 1.0}\n"
+        "    pairs, alone = {'kind': 'jsonl', 'path': data}, {'kind': 'jsonl', 'path': data[:-10] + 'alone.jsonl'}\n"
+        "    alone |= {'fields': {'text': 'text', 'alone': 'alone'}}\n"
+        "    config.data.sources = ({**pairs, 'stream': 'pairs'}, {**alone, 'stream': 'text'})\n"
+        "    config.train.steps = 12\n    config.data.num_workers = 0\n    return config\n"
+    )
+    return f"--config={config}:{data}"
+
+
+def test_a_run_of_two_streams_and_its_continuation(tmp_path, mixed, capsys):
+    straight, split = (("--config.train.log_every=4", "--workdir=" + str(tmp_path / name)) for name in "ab")
+    assert run(mixed, *straight, "--config.train.tensorboard=False", capsys=capsys)[0] == 0
+    lines = metrics(tmp_path / "a")
+    assert [line["steps/pairs"] + line["steps/text"] for line in lines] == [4, 8, 12]
+    assert 0 < lines[-1]["steps/text"] < 12 and any("text" in line and "contrastive" in line for line in lines)
+    for line, before in zip(lines, [{"steps/pairs": 0, "steps/text": 0}, *lines], strict=False):
+        pairs, text = (line[f"steps/{name}"] - before[f"steps/{name}"] for name in ("pairs", "text"))
+        assert ("text" in line, "contrastive" in line) == (text > 0, pairs > 0)
+        mean = (pairs * line.get("contrastive", 0) + text * line.get("text", 0)) / 4
+        assert line["loss"] == pytest.approx(mean, rel=1e-6)
+    assert len(list((tmp_path / "a" / "samples").iterdir())) == 1
+
+    assert run(mixed, *split, "--config.train.steps=5", "--config.train.tensorboard=False", capsys=capsys)[0] == 0
+    more = ("--allow_config_change", "--config.train.tensorboard=False")
+    status, _, err = run(mixed, *split, *more, capsys=capsys)
+    assert status == 0 and "resumed from step 5" in err and re.search(r"batches of .*: .* GFLOP per step", err)
+    ours, theirs = params(tmp_path / "b"), params(tmp_path / "a")
+    assert ours.keys() == theirs.keys() and all((ours[path] == theirs[path]).all() for path in ours)
+    last = metrics(tmp_path / "b")[-1]
+    assert all(last[name] == lines[-1][name] for name in last if name in ("loss", "text", "contrastive", "steps/text"))
+    status, _, err = run(mixed, *split, "--config.data.streams.pairs=3.0", capsys=capsys)
+    assert status == 2 and "data.streams.pairs: 2.0 -> 3.0" in err
+
+
+def test_two_streams_on_eight_devices_equal_one(tmp_path, mixed, capsys, monkeypatch):
+    import jax
+
+    from vlm import sharding
+
+    more = ("--config.train.log_every=1", "--config.data.batch_size=16", "--config.optimizer.accumulation_steps=2")
+    more += ("--config.train.tensorboard=False", "--config.model.dropout_rate=0.0")
+    mesh = ("--config.sharding.mesh.data=2", "--config.sharding.mesh.fsdp=2", "--config.sharding.mesh.tensor=2")
+    assert run(mixed, *more, *mesh, f"--workdir={tmp_path / 'several'}", capsys=capsys)[0] == 0
+    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", one)
+    assert run(mixed, *more, f"--workdir={tmp_path / 'single'}", capsys=capsys)[0] == 0
+    several, single = metrics(tmp_path / "several"), metrics(tmp_path / "single")
+    assert [line["steps/text"] for line in several] == [line["steps/text"] for line in single]
+    np.testing.assert_allclose([line["loss"] for line in several], [line["loss"] for line in single], rtol=1e-4)
+    flops = [line["model_tflops_per_second"] / line["steps_per_second"] for line in single]
+    kinds = {"text" in line: round(value * 1e18) for line, value in zip(single, flops, strict=True)}
+    assert kinds[False] > kinds[True] > 0
+    assert all(line["tokens_per_second"] / line["steps_per_second"] == pytest.approx(64) for line in single)
 
 
 def test_two_processes_of_four_devices_equal_one_device(tmp_path, data):
@@ -289,6 +353,16 @@ def test_dry_run_without_the_data_tells_the_batch_from_the_settings(capsys):
     batch = out.split("== one batch\n")[1]
     assert status == 0 and "/nowhere.jsonl" in batch
     assert re.search(r"^tokens\s+8x4\s+int32$", batch, re.M) and "unused" not in batch
+
+
+def test_dry_run_shows_the_batches_of_every_stream(mixed, capsys):
+    status, out, _ = run(mixed, "--dry_run", capsys=capsys)
+    pairs, text = out.split("== one batch of ")[1:]
+    assert status == 0 and pairs.startswith("pairs, 66.7% of the steps") and text.startswith("text, 33.3%")
+    assert re.search(r"^image\s+8x4x4x3\s+float32$", pairs, re.M) and "image" not in text and "tokens" in text
+    paths = [f"--config.data.sources[{i}].path=/nowhere.jsonl" for i in range(2)]
+    pairs, text = run(mixed, "--dry_run", *paths, capsys=capsys)[1].split("== one batch of ")[1:]
+    assert "8x4x4x3" in pairs and "8x4x4x3" not in text and "tokens" in text and "/nowhere.jsonl" in text
 
 
 def test_help_is_quick():

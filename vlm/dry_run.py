@@ -13,9 +13,8 @@ import numpy as np
 
 from vlm import sharding
 from vlm.config import to_json
-from vlm.data.source import open_sources
 from vlm.errors import UserError
-from vlm.experiment import Experiment, experiment, make_processor
+from vlm.experiment import Experiment, experiment, make_processor, open_data
 from vlm.optimizer import Optimizer
 from vlm.schema import Config, MeshConfig
 from vlm.sharding import Placement
@@ -38,7 +37,7 @@ def describe(settings: Config, config: Any) -> str:
         ("parameters", _parameters(state.params, parts.optimizer)),
         ("memory per device", _memory(state, parts.optimizer, sizes)),
         ("replicated although a rule would split them", _replicated(state)),
-        ("one batch", _batch(settings, parts)),
+        *_batches(settings, parts),
     ]
     return "\n".join(f"== {title}\n{text}\n" for title, text in sections)
 
@@ -98,17 +97,33 @@ def _replicated(state: Any) -> str:
     return "\n".join(f"{p.path.split('/', 1)[1]}: {p.replicated}" for p in weights) or "none"
 
 
-def _batch(settings: Config, parts: Experiment) -> str:
+def _batches(settings: Config, parts: Experiment) -> list[tuple[str, str]]:
+    """A section for the batches of each stream, or one for all."""
+    data = settings.data
+    if not data.streams:
+        return [("one batch", _batch(settings, parts, data.sources))]
+    sections = []
+    for name, share in data.streams.items():
+        sources = [source for source in data.sources if source["stream"] == name]
+        title = f"one batch of {name}, {share / sum(data.streams.values()):.1%} of the steps"
+        sections.append((title, _batch(settings, parts, sources)))
+    return sections
+
+
+def _batch(settings: Config, parts: Experiment, specs: Sequence[Mapping[str, Any]]) -> str:
     """One example through the processor; where its data are not here, what the loss reads of what could be made."""
     note, batch = "", settings.data.batch_size
     try:
         processor = make_processor(settings, parts.family)
-        sources, _ = open_sources(settings.data.sources)
-        arrays: Mapping[str, Any] = processor.example(sources[0][0], np.random.default_rng(0), True)
+        sources, _, transform = open_data(settings, processor, specs)
+        arrays: Mapping[str, Any] = transform(sources[0][0], np.random.default_rng(0), True)
         shapes = {name: (np.shape(value), np.asarray(value).dtype) for name, value in arrays.items()}
     except (UserError, OSError) as error:
         note = f"\nfrom the settings; an example of the data is not available here: {error}"
-        rows = parts.family.processor.rows(build(parts.family.processor_type, settings.processor, "processor"))
+        arguments = [build(parts.family.processor_type, settings.processor, "processor")]
+        if settings.data.streams and all("fields" in spec for spec in specs):
+            arguments.append({field for spec in specs for field in spec["fields"]})
+        rows = parts.family.processor.rows(*arguments)
         read = _read_by_loss(
             parts, {name: jax.ShapeDtypeStruct((batch, *row[0]), row[1]) for name, row in rows.items()}
         )

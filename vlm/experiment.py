@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding
 from vlm import flops, metrics
 from vlm.checkpoint.processes import from_primary
 from vlm.data.batch import LoaderSettings
-from vlm.data.loader import Loader
-from vlm.data.source import open_sources
+from vlm.data.loader import Loader, Transform
+from vlm.data.source import Source, open_sources
 from vlm.data.teacher_cache import TeacherCache, WithTarget
 from vlm.errors import UserError
 from vlm.family import Family
@@ -118,17 +118,53 @@ def make_loader(settings: Config, processor: Any, split: NamedSharding, ledger: 
         host_count=data.batch_size // (stop - start),
         max_skip_fraction=data.max_skip_fraction,
     )
-    sources, weights = open_sources(data.sources)
+    sources, weights, transform = open_data(settings, processor, data.sources)
+    streams: Any = {"members": data.members, "shares": data.streams} if data.streams else {}
+    return Loader(sources, transform, loader, weights=weights, **streams, ledger=ledger)
+
+
+def open_data(
+    settings: Config, processor: Any, specs: Sequence[Mapping[str, Any]]
+) -> tuple[list[Source], list[float], Transform]:
+    """Opens sources; returns them with their weights, and what makes rows of their examples.
+
+    Raises:
+      UserError: data that cannot be opened.
+    """
+    sources, weights = open_sources(specs)
     transform = processor.example
-    if data.teacher_cache is not None:
-        cache = TeacherCache(data.teacher_cache)
+    if settings.data.teacher_cache is not None:
+        cache = TeacherCache(settings.data.teacher_cache)
         target = build(get_family(settings.family).loss_type, settings.loss, "loss").target
         if cache.teacher.split(":")[0] != target:
             raise UserError(
                 f"{cache.path}: embeddings of {cache.teacher.split(':')[0]!r}, config.loss.target is {target!r}"
             )
         transform = WithTarget(transform, cache)
-    return Loader(sources, transform, loader, weights=weights, ledger=ledger)
+    return sources, weights, transform
+
+
+class Steps:
+    """The training step, compiled for each structure of batches (names, shapes, dtypes) when the first of it comes."""
+
+    def __init__(self, settings: Config, parts: Experiment, split: NamedSharding):
+        self._settings, self._parts, self._split = settings, parts, split
+        self._compiled: dict[Any, tuple[Any, float]] = {}
+
+    def __contains__(self, batch: Mapping[str, jax.Array]) -> bool:
+        """Whether the step for batches like this one is there already."""
+        return _structure(batch) in self._compiled
+
+    def __call__(self, state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, float]:
+        """Returns the step for batches like this one, and its model FLOPs."""
+        key = _structure(batch)
+        if key not in self._compiled:
+            self._compiled[key] = compile_step(self._settings, self._parts, state, batch, self._split)
+        return self._compiled[key]
+
+
+def _structure(batch: Mapping[str, jax.Array]) -> frozenset:
+    return frozenset((name, array.shape, array.dtype) for name, array in batch.items())
 
 
 def compile_step(
@@ -153,9 +189,14 @@ def compile_step(
 
 @contextlib.contextmanager
 def make_report(
-    settings: Config, config: Any, workdir: Path, step_flops: float, start: int
+    settings: Config,
+    config: Any,
+    workdir: Path,
+    step_flops: float,
+    start: int,
+    streams: Callable[[int], Mapping[str, int]] | None = None,
 ) -> Iterator[metrics.Report]:
-    """The report of a run from step `start` on; only the first host writes and prints.
+    """The report of a run from step `start` on (`streams`: see `metrics.Report`); only the first host writes.
 
     Raises:
       UserError: on every host, when the files cannot be opened.
@@ -174,8 +215,8 @@ def make_report(
     writer = writers[0] if writers else None
     known = f"peak {peak / 1e12:g} TFLOP/s each" if peak else "peak unknown, so is the utilisation"
     progress.say(f"{jax.device_count()} x {kind} ({known}); {step_flops / 1e9:.4g} GFLOP per step")
-    rates = metrics.Rates(settings.data.batch_size, step_flops, peak * jax.device_count() if peak else None)
-    report = metrics.Report(rates, progress, writer, train.log_every, train.max_bad_steps, train.steps)
+    rates = metrics.Rates(settings.data.batch_size, peak * jax.device_count() if peak else None)
+    report = metrics.Report(rates, progress, writer, train.log_every, train.max_bad_steps, train.steps, streams)
     try:
         yield report
         report.settle()

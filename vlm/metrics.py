@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -97,23 +97,23 @@ class Rates:
 
     Attributes:
       examples: examples per step, all hosts.
-      flops: model FLOPs per step, without recomputation.
       peak: FLOP/s of all devices together at best; None when unknown, and then no utilisation is reported.
     """
 
     examples: int
-    flops: float
     peak: float | None
     _began: float = dataclasses.field(default_factory=lambda: time.monotonic())
     _steps: int = 0
     _tokens: float = 0.0
     _waited: float = 0.0
+    _flops: float = 0.0
 
-    def step(self, tokens: float, waited: float) -> None:
-        """Counts one finished step with its real (unpadded) tokens and the seconds it waited for data."""
+    def step(self, tokens: float, waited: float, flops: float) -> None:
+        """Counts a finished step: its real (unpadded) tokens, seconds waited for data, model FLOPs."""
         self._steps += 1
         self._tokens += tokens
         self._waited += waited
+        self._flops += flops
 
     def pause(self, seconds: float) -> None:
         """Leaves out time that was spent on something else than steps (evaluation, a blocking save)."""
@@ -127,13 +127,13 @@ class Rates:
             "steps_per_second": steps / seconds,
             "examples_per_second": steps * self.examples / seconds,
             "data_wait_share": min(1.0, self._waited / seconds),
-            "model_tflops_per_second": steps * self.flops / seconds / 1e12,
+            "model_tflops_per_second": self._flops / seconds / 1e12,
         }
         if self._tokens:
             values["tokens_per_second"] = self._tokens / seconds
         if self.peak:
-            values["mfu"] = steps * self.flops / seconds / self.peak
-        self._began, self._steps, self._tokens, self._waited = now, 0, 0.0, 0.0
+            values["mfu"] = self._flops / seconds / self.peak
+        self._began, self._steps, self._tokens, self._waited, self._flops = now, 0, 0.0, 0.0, 0.0
         return values
 
 
@@ -183,9 +183,13 @@ class Report:
     A step's metrics are read when `LAG` more steps have been dispatched. So the host never runs further ahead than
     that, and a run of bad steps is noticed as soon as it is long enough. Every `log_every`-th step is logged, and the
     last one.
+
+    With `streams` (finished steps -> {stream: how many were of it}), whose steps have different metrics, a metric that
+    is logged is the mean over the steps since the last report that had it and were finite; `steps/<stream>` are added.
     """
 
     LAG = 2
+    OF_THE_STEP = ("learning_rate", "param_norm", "bad_steps", "bad_steps_in_a_row")
 
     def __init__(
         self,
@@ -195,19 +199,21 @@ class Report:
         log_every: int,
         max_bad_steps: int,
         last: int | None = None,
+        streams: Callable[[int], Mapping[str, int]] | None = None,
     ):
         self._rates, self._progress, self._writer = rates, progress, writer
         self._log_every, self._max_bad_steps, self._last = log_every, max_bad_steps, last
-        self._open: collections.deque[tuple[int, Mapping[str, Any], float, float]] = collections.deque()
+        self._streams, self._values = streams, collections.defaultdict[str, list[float]](list)
+        self._open: collections.deque[tuple[int, Mapping[str, Any], float, float, float]] = collections.deque()
         self._failure: OSError | None = None
 
-    def dispatched(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float) -> None:
-        """Takes over the metrics (device scalars) of a step that was just started.
+    def dispatched(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float, flops: float) -> None:
+        """Takes over the metrics (device scalars) of a step that was just started; the rest is as for `Rates.step`.
 
         Raises:
           Diverged: `max_bad_steps` steps in a row were not finite.
         """
-        self._open.append((step, metrics, tokens, waited))
+        self._open.append((step, metrics, tokens, waited, flops))
         while len(self._open) > self.LAG:
             self._finish(*self._open.popleft())
 
@@ -216,19 +222,30 @@ class Report:
         while self._open:
             self._finish(*self._open.popleft())
 
-    def _finish(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float) -> None:
+    def _finish(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float, flops: float) -> None:
         bad = int(metrics["bad_steps_in_a_row"])
-        self._rates.step(tokens, waited)
+        self._rates.step(tokens, waited, flops)
         self._progress.advance(step)
         if bad >= self._max_bad_steps:
             raise Diverged(
                 f"{bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; they changed "
                 "nothing. The learning rate, the precision or the data is wrong; earlier checkpoints are sound"
             )
+        if self._streams is not None and not bad:
+            for name in metrics.keys() - set(self.OF_THE_STEP):
+                self._values[name].append(float(metrics[name]))
         if self._log_every and (step % self._log_every == 0 or step == self._last):
-            values = {name: float(value) for name, value in metrics.items()} | self._rates.report()
+            values = {name: float(value) for name, value in metrics.items()} | self._means(step) | self._rates.report()
             self._write(step, values)
             self._progress.report(step, values)
+
+    def _means(self, step: int) -> dict[str, float]:
+        """What streams add to the report of a step."""
+        if self._streams is None:
+            return {}
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        self._values.clear()
+        return means | {f"steps/{name}": count for name, count in self._streams(step).items()}
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         """Writes and shows the metrics of an evaluation."""

@@ -40,6 +40,11 @@ class Toy(nn.Module):
 
 
 def loss(model, params, extra, batch, rng, config):
+    if "image" not in batch:  # texts alone: another objective
+        nothing = jnp.zeros((len(batch["tokens"]), 4, 4, 3))
+        _, y = model.apply({"params": params}, nothing, batch["tokens"], batch["mask"])
+        value = jnp.square(y - 1).mean()
+        return value, ({"text": value}, {"seen": extra["seen"] + 1})
     inputs = batch["image"], batch["tokens"], batch["mask"]
     x, y = model.apply({"params": params}, *inputs, deterministic=False, rngs={"dropout": rng})
     logits = config.scale * (x @ y.T)
@@ -63,16 +68,17 @@ class ToyProcessor:
         return cls(settings.size, settings.poison)
 
     @staticmethod
-    def rows(settings):
-        unused = {"unused": ((3,), "int32")}
-        return unused | {"image": ((4, 4, 3), "float32"), "tokens": ((4,), "int32"), "mask": ((4,), "bool")}
+    def rows(settings, fields=("text",)):
+        text = {"unused": ((3,), "int32"), "tokens": ((4,), "int32"), "mask": ((4,), "bool")}
+        return text if "alone" in fields else text | {"image": ((4, 4, 3), "float32")}
 
     def example(self, example, rng, train):
         text = np.frombuffer(example["text"].encode()[:4].ljust(4), np.uint8).astype(np.int32)
         image = rng.normal(size=(self.size, self.size, 3)).astype(np.float32)
         if int(example["text"]) == self.poison:
             image[0] = np.nan
-        return {"image": image, "tokens": text - 48, "mask": np.ones(4, bool)}
+        row = {"tokens": text - 48, "mask": np.ones(4, bool)}
+        return row if "alone" in example else row | {"image": image}
 
     def save(self, directory):
         directory.mkdir(parents=True, exist_ok=True)

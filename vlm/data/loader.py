@@ -79,6 +79,11 @@ class Loader:
         """Batches of one evaluation pass; None for training."""
         return None if self.train else -(-len(self.stream) // self.settings.batch_size)  # pyright: ignore
 
+    @property
+    def steps_of_streams(self) -> Callable[[int], dict[str, int]] | None:
+        """How many of the first n batches come from each stream, as a function of n; None without streams."""
+        return self.stream.steps if isinstance(self.stream, MixedStream) else None
+
     def iterate(self, start_step: int = 0) -> Batches:
         """Returns the batches from `start_step` on; close it (or use `with`) to stop its threads."""
         if start_step < 0:
