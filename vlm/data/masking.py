@@ -31,6 +31,56 @@ def mask_tokens(
     """
     eligible = mask & ~np.isin(tokens, list(special_ids))
     chosen = eligible & (rng.random(tokens.shape) < probability)
+    return _hide(tokens, chosen, rng, mask_id, vocab_size, special_ids)
+
+
+def mask_words(
+    tokens: Int[np.ndarray, " l"],
+    mask: Bool[np.ndarray, " l"],
+    rng: np.random.Generator,
+    *,
+    probability: float,
+    mask_id: int,
+    vocab_size: int,
+    special_ids: Collection[int],
+    continues: Bool[np.ndarray, " v"],
+) -> tuple[Int[np.ndarray, " l"], Int[np.ndarray, " l"]]:
+    """BERT's masking of whole words.
+
+    Words are taken in random order until `probability` of the real tokens of the row (special ones counted, rounded,
+    at least one) are chosen; a word that would exceed that is passed over. Special tokens are never chosen. Every
+    chosen token then meets the same fate as in `mask_tokens`.
+
+    Args:
+      continues: by token id, whether it goes on with the word of the token before ("##ing").
+
+    Returns:
+      the tokens to feed, and labels: the original token where one was chosen, `IGNORE` elsewhere.
+    """
+    eligible = np.flatnonzero(mask & ~np.isin(tokens, list(special_ids)))
+    wanted = max(1, round(int(mask.sum()) * probability))
+    chosen, count = np.zeros(tokens.shape, bool), 0
+    starts = np.flatnonzero(~continues[tokens[eligible]])
+    words = [word for word in np.split(eligible, starts) if len(word)]
+    for number in rng.permutation(len(words)):
+        if count >= wanted:
+            break
+        word = words[number]
+        if count + len(word) <= wanted:
+            chosen[word] = True
+            count += len(word)
+    return _hide(tokens, chosen, rng, mask_id, vocab_size, special_ids)
+
+
+def _hide(
+    tokens: np.ndarray,
+    chosen: np.ndarray,
+    rng: np.random.Generator,
+    mask_id: int,
+    vocab_size: int,
+    special_ids: Collection[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the chosen tokens, 80 % become `mask_id`, 10 % a random one and 10 % stay."""
     fate = rng.random(tokens.shape)
     # A random padding token would shift RoBERTa's positions: draw among the others by stepping over special ids.
     drawn = rng.integers(0, vocab_size - len(special_ids), tokens.shape)

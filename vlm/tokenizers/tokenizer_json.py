@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from vlm.errors import UserError
@@ -95,6 +96,13 @@ class LibraryTokenizer(Tokenizer):
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token by its exact spelling, or None."""
         return self._backend.token_to_id(token)
+
+    def continuations(self) -> np.ndarray:
+        """bool[vocab_size]: which tokens go on with a word, by WordPiece's spelling "##…"."""
+        result = np.zeros(self.vocab_size, bool)
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        result[[id_ for token, id_ in vocabulary.items() if token.startswith("##")]] = True
+        return result
 
     def extended(self, tokens: Iterable[str]) -> LibraryTokenizer:
         """Returns a copy that also knows these special tokens; those that it lacks get the next ids in order."""
