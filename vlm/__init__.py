@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm.generation import generate
-    from vlm.loading import load, save
+    from vlm.loading import load, load_extra, save
 
 __version__ = "0.1.0"
-__all__ = ["generate", "load", "save"]
+__all__ = ["generate", "load", "load_extra", "save"]
 
-_LAZY = {"generate": "vlm.generation", "load": "vlm.loading", "save": "vlm.loading"}
+_LAZY = {"generate": "vlm.generation", "load": "vlm.loading", "load_extra": "vlm.loading", "save": "vlm.loading"}
 
 
 def __getattr__(name: str) -> Any:

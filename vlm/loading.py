@@ -32,7 +32,7 @@ from vlm.schema import ShardingConfig
 from vlm.sharding import named, place, unbox
 from vlm.strict import build, plain
 from vlm.tokenizers.files import read_json
-from vlm.tree import flatten, unflatten
+from vlm.tree import flatten, listing, unflatten
 
 FORMAT_VERSION = 1
 _CONFIG, _PARAMS, _EXTRA = "config.json", "params", "extra"
@@ -114,18 +114,46 @@ def load(
     return opened.family.module(config), params, load_processor(opened)
 
 
-def save(path: str | Path, model: Any, params: Mapping[str, Any], processor: Any = None) -> None:
-    """Writes a self-contained model folder; after a crash it is there whole or not at all.
+def load_extra(path: str | Path) -> dict[str, Any] | None:
+    """The arrays that a checkpoint keeps beside its parameters, for `save(extra=...)`; None where it has none.
+
+    A nested dict as in the training state: "teacher", "image_queue" [Q, D], "text_queue", "queue_index" ...
 
     Raises:
-        UserError: `path` exists already, the parameters do not fit the model, or are spread over several hosts.
+        UserError: see `load`.
+    """
+    views = open_extra(path)
+    return None if views is None else unflatten({name: _put(view, None) for name, view in views.items()})
+
+
+def save(
+    path: str | Path,
+    model: Any,
+    params: Mapping[str, Any],
+    processor: Any = None,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a self-contained model folder; after a crash it is there whole or not at all.
+
+    Args:
+        extra: teacher and queues, from `load_extra` or a training state, so that pretraining can go on from the folder.
+
+    Raises:
+        UserError: `path` exists already, the parameters do not fit the model, or are spread over several hosts; the
+            family keeps no such `extra`.
     """
     families = [family for family in map(get_family, FAMILIES) if isinstance(model.config, family.config_type)]
     if not families:
         raise UserError(f"save: no family has the configuration {type(model.config).__name__}")
     views = {name: _from_device(name, leaf) for name, leaf in flatten(params).items()}
     views = _fitted(views, families[0], model.config, "save")
-    save_views(path, families[0], model.config, views, processor)
+    kept = getattr(families[0].weights, "EXTRA", ())
+    leaves = {name: leaf for name, leaf in flatten(extra or {}).items() if name != "step"}  # a run counts its own
+    if strangers := [name for name in leaves if name.split("/")[0] not in kept]:
+        raise UserError(f"save: extra: {families[0].name} keeps {listing(kept) or 'none'}, found {listing(strangers)}")
+    held = {name: _from_device(f"extra/{name}", leaf) for name, leaf in leaves.items()}
+    save_views(path, families[0], model.config, views, processor, extra=held)
 
 
 def save_views(
@@ -212,12 +240,13 @@ def _resized(opened: OpenModel, image_size: Any) -> OpenModel:
     return dataclasses.replace(opened, config=config, image_size=image_size, **parts)
 
 
-def load_processor(opened: OpenModel) -> Any:
-    """The processor of an opened model, or None where there are no tokenizer or image settings to read."""
+def load_processor(opened: OpenModel, task: str | None = None) -> Any:
+    """The processor of an opened model, made for `task`, or None where there is no tokenizer or image settings."""
     folder = opened.processor_folder
     if folder is None or not any(True for pattern in _PROCESSOR_FILES for _ in folder.glob(pattern)):
         return None
     processor = opened.family.processor.load(folder)
+    processor = processor if task is None else processor.for_task(task)
     limit = opened.family.weights.max_tokens(opened.config)
     if limit is not None:
         processor.max_length = min(processor.max_length, limit)

@@ -1,6 +1,8 @@
 """The command on BLIP's files: pretraining state kept, one task's model from another's, the authors' format written."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,11 +11,14 @@ import torch
 import transformers
 
 import vlm
+import vlm.errors
 from vlm.checkpoint import Checkpoints
 from vlm.convert.__main__ import main
 from vlm.convert.torch_file import open_tensors
+from vlm.data.image import ImageSettings
 from vlm.loading import open_extra, open_model
-from vlm.manifest import verify_manifest
+from vlm.manifest import verify_manifest, write_manifest
+from vlm.models.blip.processor import Processor, ProcessorConfig
 from vlm.tree import flatten, unflatten
 
 TEXT = {"vocab_size": 24, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -86,6 +91,34 @@ def test_pretraining_state_survives_the_way_there_and_back(source, ours, tmp_pat
 
 def open_extra_of_pth(source):
     return open_model(source, overrides={"vision.num_heads": 2, "text.num_heads": 2}).extra
+
+
+def test_python_saves_what_it_loads(ours, tmp_path):
+    model, params, processor = vlm.load(ours)
+    extra = vlm.load_extra(ours)
+    assert extra is not None and extra["image_queue"].shape == (4, 6) and int(extra["queue_index"]) == 2
+    vlm.save(tmp_path / "again", model, params, processor, extra=extra | {"step": np.int32(3)})
+    for path in ours.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    vlm.save(tmp_path / "bare", model, params)
+    assert vlm.load_extra(tmp_path / "bare") is None
+    with pytest.raises(vlm.errors.UserError, match="blip keeps teacher, image_queue, .*found queue"):
+        vlm.save(tmp_path / "wrong", model, params, extra={"queue": np.zeros(3)})
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_the_processor_is_made_for_the_task(ours, tmp_path):
+    pictures = ImageSettings(8, None, mode="exact")
+    settings = ProcessorConfig(task="pretrain", image=pictures, max_length=5, max_words=4, prompt="see ")
+    shutil.copytree(ours, tmp_path / "source")
+    Processor(None, settings).save(tmp_path / "source")
+    write_manifest(tmp_path / "source", {})
+    for task, length in (("vqa", 35), ("retrieval", 35), ("caption", 40)):
+        main([str(tmp_path / "source"), str(tmp_path / task), f"--task={task}", "--image-size=12"])
+        stored = json.loads((tmp_path / task / "vlm_processor.json").read_text())
+        assert stored["task"] == task and stored["max_length"] == min(length, 6) and stored["max_words"] is None
+        found = Processor.load(tmp_path / task)
+        assert found.config.prompt == "see " and found.image_settings == dataclasses.replace(pictures, size=12)
 
 
 def test_a_training_run_keeps_its_teacher(source, ours, tmp_path):

@@ -88,7 +88,7 @@ def convert(options: argparse.Namespace) -> None:
     views, extra = (_typed(part, options.dtype) for part in (opened.params, opened.extra))
     for note in opened.notes:
         print(f"note: {note}")
-    processor = load_processor(opened)
+    processor = load_processor(opened, options.task)
     if processor is None:
         print("note: no tokenizer and image settings beside the weights; the result has none")
     written = [*views.values(), *(extra.values() if options.to != "hf" else ())]

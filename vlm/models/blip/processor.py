@@ -264,6 +264,10 @@ class Processor:
         longest = mask.shape[1] - (padding == "longest" and mask.shape[1] > 1)
         return {"tokens": tokens[:, :longest], "mask": mask[:, :longest]}
 
+    def for_task(self, task: Task) -> Processor:
+        """The same tokenizer, pictures and prompt, with the lengths of another task."""
+        return Processor(self.tokenizer, dataclasses.replace(self.config, task=task, max_length=None, max_words=None))
+
     def save(self, directory: str | Path) -> None:
         """Writes the tokenizer and settings; Hugging Face's BlipProcessor reads the folder too."""
         directory = Path(directory)
