@@ -67,7 +67,8 @@ EPOCH = {  # examples of one pass
 def get_config(variant: str = "base") -> ConfigDict:
     """Returns the configuration of one size and task."""
     name, _, folder = variant.partition(",")
-    small = {"tiny": _tiny, "nlvr_tiny": _nlvr_tiny, "digits_caption": _digits_caption, "digits_vqa": _digits_vqa}
+    small = {"tiny": _tiny, "nlvr_tiny": _nlvr_tiny, "nlvr_caption": _nlvr_caption}
+    small |= {"digits_caption": _digits_caption, "digits_vqa": _digits_vqa}
     if name in small:
         return small[name](folder)
     size, _, task = name.partition("_")
@@ -230,29 +231,50 @@ def _tiny(folder: str) -> ConfigDict:
     return config
 
 
+def _nlvr_caption(folder: str) -> ConfigDict:
+    """Pretraining for `nlvr_tiny`: the decoder describes NLVR's scenes; all but its self-attention is the encoder's."""
+    config = _nlvr(folder, {**ALONE, "text": True, "shared_decoder": True})
+    config.loss = {"objective": "caption", "label_smoothing": 0.0}
+    config.processor.update({"task": "caption", "prompt": "", "max_length": 60, "max_words": 60})
+    config.data.sources = ({"kind": "json", "path": f"{folder or 'demo_output'}/nlvr/captions.json"},)
+    unused = r"text/layers/attention(_norm)?/.*"  # the encoder's self-attention, which describing does not use
+    config.optimizer.groups = ((unused, {"freeze": True}), (".*", {}))
+    config.train = {"steps": 400, "log_every": 50}
+    return config
+
+
 def _nlvr_tiny(folder: str) -> ConfigDict:
     """True or false: people's sentences about NLVR's drawn scenes (Suhr et al. 2017), 20 minutes on two CPU cores.
 
     `python -m vlm.demo nlvr --nlvr=FOLDER` prepares the data (`vlm.demo.nlvr`: 600 sentences in all colourings, and
     generated ones), trains this and evaluates it on the 389 scenes from number 600 on of `nlvr_dev_perm0.tar`.
     """
-    folder = f"{folder or 'demo_output'}/nlvr"
-    width = {"hidden_size": 128, "num_layers": 3, "num_heads": 4, "mlp_dim": 512}
-    config = _small("matching", nlvr.CANVAS // 2, 8, nlvr.VOCABULARY, 40, width)
-    config.model.update(SCENE_IDS)
-    config.processor.tokenizer = f"{folder}/tokenizer"
-    sources = {"human": 1.0, "statements": 2.0}
-    config.data = {
-        "batch_size": 64,
-        "sources": tuple(
-            {"kind": "json", "path": f"{folder}/{name}.json", "weight": weight} for name, weight in sources.items()
-        ),
-    }
-    schedule = {"name": "cosine", "warmup_steps": 200}
-    config.optimizer = _adamw(1e-3, schedule, betas=(0.9, 0.98), grad_clip_norm=1.0)
-    config.train = {"steps": 3000, "log_every": 100, "eval_every": 500}
-    test = {"kind": "json", "path": f"{folder}/test.json"}
+    config = _nlvr(folder, {**ALONE, "text": True, "itm": True})
+    folder = folder or "demo_output"
+    config.loss = {"objective": "matching"}
+    config.processor.update({"task": "classification", "max_length": 28, "max_words": 26})
+    config.init = ({"path": f"{folder}/nlvr_caption", "include": r"vision/.*|text/(?!layers/decoder_attention).*"},)
+    sources = {"human": 1.0, "statements": 3.0}
+    config.data.sources = tuple(
+        {"kind": "json", "path": f"{folder}/nlvr/{name}.json", "weight": weight} for name, weight in sources.items()
+    )
+    config.train = {"steps": 1000, "log_every": 50, "eval_every": 200}
+    test = {"kind": "json", "path": f"{folder}/nlvr/test.json"}
     config.eval = {"nlvr": {"kind": "nlvr2", "head": "match", "data": test, "batch_size": 128}}
+    return config
+
+
+def _nlvr(folder: str, parts: dict) -> ConfigDict:
+    """What NLVR's two stages share: images of half the size, patches of 13 pixels, so that a box has 4 × 4."""
+    width = {"hidden_size": 128, "num_layers": 3, "num_heads": 4, "mlp_dim": 512}
+    config = _small("matching", nlvr.CANVAS // 2, 13, nlvr.VOCABULARY, 64, width)
+    stack = config.model.text
+    config.model.update({**parts, **SCENE_IDS, "text": stack})
+    config.model.vision.num_layers = 2
+    config.processor.tokenizer = f"{folder or 'demo_output'}/nlvr/tokenizer"
+    config.data = {"batch_size": 64}
+    schedule = {"name": "cosine", "warmup_steps": 100}
+    config.optimizer = _adamw(1e-3, schedule, betas=(0.9, 0.98), grad_clip_norm=1.0)
     return config
 
 

@@ -16,7 +16,7 @@ from vlm.demo.nlvr import Item
 
 SCATTERED = [
     [("yellow", "circle", 30, 0, 40), ("black", "square", 10, 50, 50)],
-    [("blue", "triangle", 20, 30, 30)],
+    [("blue", "triangle", 20, 80, 0)],
     [],
 ]
 TOWERS = [["black", "yellow"], ["blue"], ["black", "blue", "blue"]]
@@ -57,10 +57,10 @@ def test_parse_finds_every_object():
     boxes = nlvr.parse(scattered())
     assert boxes is not None
     assert sorted(boxes[0]) == [
-        Item("black", "square", "small", 50, 50, False),
-        Item("yellow", "circle", "big", 0, 40, True),
+        Item("black", "square", "small", 50, 50, ""),
+        Item("yellow", "circle", "big", 0, 40, "t"),
     ]
-    assert [item[:3] for item in boxes[1]] == [("blue", "triangle", "medium")] and boxes[2] == []
+    assert [item[:3] + item[-1:] for item in boxes[1]] == [("blue", "triangle", "medium", "bl")] and boxes[2] == []
     assert not statements.is_towers(boxes)
 
 
@@ -97,6 +97,16 @@ def test_recolour_exchanges_pixels_and_words():
     ("there is a tower with only blue blocks", True),
     ("the tower with three blocks has a black block at the base", True),
     ("there are two towers with the same height", False),
+    ("there is a tower with one blue block", True),
+    ("there is one tower with two blue blocks", True),
+    ("there are two black blocks as the base of a tower", True),
+    ("there is one black block as the base of a tower", False),
+    ("there is a blue block as the top of a tower with three blocks", True),
+    ("there is no yellow block on a blue block", True),
+    ("there are three blue blocks", True),
+    ("there are two blue blocks", False),
+    ("there is a blue tower", True),
+    ("there is a tower with only yellow and black blocks", True),
 ])  # fmt: skip
 def test_tower_sentences_are_true_of_the_scene(text, truth):
     assert drawn_sentences(towers)[text] == truth
@@ -104,25 +114,48 @@ def test_tower_sentences_are_true_of_the_scene(text, truth):
 
 @pytest.mark.parametrize("text,truth", [
     ("there is exactly one yellow circle", True),
-    ("there is at least one triangle touching the edge", False),
-    ("there is exactly one object touching the wall", True),
-    ("there are at most two items not touching any edge", True),
+    ("there is a triangle touching the edge", True),
+    ("there is a triangle touching a corner", True),
+    ("there is a blue triangle touching the bottom of a box", True),
+    ("there is a blue triangle touching right wall of a box", False),
+    ("there are two objects touching the wall", True),
+    ("there is at most one item not touching any edge", True),
     ("there is a small black square", True),
     ("there is a big black square", False),
     ("there is a box with exactly two items", True),
     ("there is a box with only blue items", True),
     ("there is a box with items of all three colors", False),
+    ("there is a box with a yellow circle and a black square", True),
+    ("one of the grey box has two items", True),
+    ("there is a box with two items and a yellow one on top", True),
+    ("there is a box with two items and a black one on top", False),
+    ("there is no yellow triangle", True),
     ("each grey box contains at least one item", False),
 ])  # fmt: skip
 def test_scattered_sentences_are_true_of_the_scene(text, truth):
     assert drawn_sentences(scattered)[text] == truth
 
 
+def test_descriptions():
+    found = [statements.description(boxes) for boxes in (nlvr.parse(towers()), nlvr.parse(scattered())) if boxes]
+    assert found[0] == "first black yellow second blue third black blue blue"
+    assert found[1] == "first 1 black square 1 yellow circle one wall second 1 blue triangle one wall third"
+
+
+def test_people_s_sentences_become_as_often_true_as_false():
+    labels = {"A box.": [True, False, True], "a  box": [True], "a tower": [True, True], "no": [False]}
+    rows = [{"text": text, "label": label} for text, several in labels.items() for label in several]
+    chosen = nlvr.balanced(rows)
+    assert [row["label"] for row in chosen] == [False] * 3 + [True] * 3
+    assert {row["text"] for row in chosen} == {"A box.", "a  box"}
+    assert sum(row["text"] == "a  box" for row in chosen) == 1
+
+
 @functools.cache
 def drawn_sentences(scene) -> dict[str, bool]:
     boxes, rng = nlvr.parse(scene()), np.random.default_rng(0)
     assert boxes is not None
-    pairs = [statements.statement(boxes, rng) for _ in range(15_000)]
+    pairs = [statements.statement(boxes, rng) for _ in range(40_000)]
     truths = dict(pairs)
     assert all(truths[text] == truth for text, truth in pairs)  # a sentence is never both
     assert 0.4 < np.mean([truth for _, truth in pairs]) < 0.6
@@ -136,7 +169,8 @@ def test_prepared_folder(tmp_path, monkeypatch):
     for name, count in ((nlvr.TRAIN, 2), (nlvr.TEST, 12)):
         with tarfile.open(source / name, "w") as archive:
             for number in range(count):
-                row = {"sentence": f"There is a Yellow item {number}", "label": "true" if number % 2 else "false"}
+                text = f"There is a Yellow item{f' {number}' if name == nlvr.TEST else ''}"
+                row = {"sentence": text, "label": "true" if number % 2 else "false"}
                 content = {"json": json.dumps(row).encode(), "png": nlvr.png(scattered())}
                 for suffix, data in content.items():
                     info = tarfile.TarInfo(f"dev-{number:04d}.{suffix}")
@@ -145,10 +179,9 @@ def test_prepared_folder(tmp_path, monkeypatch):
     folder = nlvr.prepare_nlvr(source, tmp_path / "nlvr")
     read = lambda name: json.loads((folder / name).read_text())  # noqa: E731
     human, test = read("human.json"), read("test.json")
-    assert len(human) == 12 and {row["text"] for row in human[:6]} == {
-        f"there is a {color} item 0" for color in nlvr.COLORS
-    }
+    assert len(human) == 12 and {row["text"] for row in human} == {f"there is a {color} item" for color in nlvr.COLORS}
     assert len(read("statements.json")) == 12 * nlvr.STATEMENTS_PER_COLOURING
+    assert [row["text"] for row in read("captions.json")[:7:6]] == [statements.description(nlvr.parse(scattered()))] * 2
     assert [row["text"] for row in test] == ["There is a Yellow item 10", "There is a Yellow item 11"]
     assert [row["label"] for row in test] == [False, True]
     assert "10" not in (folder / "tokenizer" / "vocab.txt").read_text().split()

@@ -32,7 +32,7 @@ def digits(output: Path, data_only: bool = False, overrides: Sequence[str] = ())
     steps.timed(seconds, "data", lambda: str(prepare_scenes(output / "scenes")))
     metrics: dict[str, float] = {}
     for name, story in () if data_only else STORIES.items():
-        metrics |= _train_and_evaluate(output, name, story, seconds, overrides)
+        metrics |= _train_and_evaluate(output, name, story, seconds, ("--config.eval={}", *overrides))
     return 0 if data_only else _report(metrics, seconds)
 
 
@@ -50,20 +50,24 @@ def nlvr(output: Path, source: Path, data_only: bool = False, overrides: Sequenc
     steps.timed(seconds, "data", lambda: str(prepare_nlvr(source, output / "nlvr")))
     if data_only:
         return 0
+    _train(output, "nlvr_caption", "pretraining: the scenes described", seconds, overrides)
     story = "true or false, learned from 600 people's sentences and from generated ones"
     return _report(_train_and_evaluate(output, "nlvr_tiny", story, seconds, overrides), seconds)
+
+
+def _train(output: Path, name: str, story: str, seconds: dict[str, float], overrides: Sequence[str]) -> tuple[str, str]:
+    """Returns the run's configuration and workdir, as arguments."""
+    steps.say(f"\n== {name}: {story}")
+    config, workdir = f"--config=configs/blip.py:{name}{steps.where(output)}", steps.shown(output / name)
+    command = ["train.py", config, f"--workdir={workdir}", *overrides]
+    steps.timed(seconds, name, lambda: steps.python(command))
+    return config, workdir
 
 
 def _train_and_evaluate(
     output: Path, name: str, story: str, seconds: dict[str, float], overrides: Sequence[str]
 ) -> dict[str, float]:
-    steps.say(f"\n== {name}: {story}")
-    config, workdir = f"--config=configs/blip.py:{name}{steps.where(output)}", steps.shown(output / name)
-    steps.timed(
-        seconds,
-        name,
-        lambda: steps.python(["train.py", config, f"--workdir={workdir}", "--config.eval={}", *overrides]),
-    )
+    config, workdir = _train(output, name, story, seconds, overrides)
     results = output / f"{name}_results.json"
     command = ["eval.py", config, f"--checkpoint={workdir}", f"--output={steps.shown(results)}"]
     line = steps.timed(seconds, f"evaluate {name}", lambda: steps.python(command)).strip().splitlines()[-1]

@@ -2,12 +2,17 @@
 
     human.json, test.json          [{"image", "text", "label"}]: people's sentences; training ones in all six colourings
     statements.json                generated sentences about the training scenes, half of them true
+    captions.json                  [{"image", "text"}]: what is in the boxes of the training scenes, generated
     images/…                       208 × 208 pixels: the three boxes of a scene, the fourth corner empty
     tokenizer/vocab.txt            the words of the training sentences, and letters for all others
 
-There are only 600 human training sentences (239 different ones), each about five arrangements of the same boxes: few
-for learning to see and to read. So captions are bootstrapped, as BLIP does with web images, here by a program: it
-reads the objects off the clean drawings (`parse`) and states something about them (`vlm.demo.statements`).
+There are only 600 human training examples (238 sentences), each with five arrangements of the same boxes: few for
+learning to see and to read. So captions are bootstrapped, as BLIP does with web images, here by a program: it reads the
+objects off the clean drawings (`parse`) and says what they are, or states something about them (`vlm.demo.statements`).
+
+A sentence was written for four scenes, true of two of them. So the label that a sentence has in training foretells the
+other one on held-out scenes: who guesses each sentence's majority is right about 31 % of those that have one.
+`balanced` takes that away: every human sentence is as often true as false, those that are only one are left out.
 """
 
 from __future__ import annotations
@@ -27,29 +32,36 @@ from PIL import Image
 
 from vlm.data.tar import TarSource
 from vlm.demo.prepare import png
-from vlm.demo.statements import statement
+from vlm.demo.statements import description, statement
 from vlm.errors import UserError
 
 TRAIN, TEST, TEST_FROM = "nlvr_dev600_perm1to5.tar", "nlvr_dev_perm0.tar", 600
 COLORS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
 GROUND, WALL = 211, 128
 SIDE, STRIDE, CANVAS = 100, 150, 208
-SHAPES = {"square": 1.0, "circle": 0.77, "triangle": 0.5}
 VOCABULARY = 256
 SIZES = {"small": 10, "medium": 20, "big": 30}
+SHARES = {
+    "small": {"square": 1.0, "circle": 0.94, "triangle": 0.62},
+    "medium": {"square": 1.0, "circle": 0.85, "triangle": 0.56},
+    "big": {"square": 1.0, "circle": 0.73, "triangle": 0.54},
+}
+"""Share of the pixels around an object of each size that have its full colour; soft edges have not."""
 STATEMENTS_PER_COLOURING = 3
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class Item(NamedTuple):
-    """An object of a scene: where it is in its box (pixels, from the top left corner) and what it looks like."""
+    """An object of a scene: what it looks like, where it is in its box (pixels, from the top left corner), and which
+    walls it touches, of "t", "b", "l" and "r".
+    """
 
     color: str
     shape: str
     size: str
     top: int
     left: int
-    walls: bool
+    walls: str
 
 
 def prepare_nlvr(source: str | os.PathLike, folder: str | os.PathLike, seed: int = 0) -> Path:
@@ -107,11 +119,14 @@ def parse(pixels: np.ndarray) -> list[list[Item]] | None:
 def _item(color: str, drawn: np.ndarray, place: tuple[slice, slice]) -> Item | None:
     height, width = drawn.shape
     size = next((name for name, side in SIZES.items() if abs(max(height, width) - side) <= 2), None)
-    shape = min(SHAPES, key=lambda name: abs(SHAPES[name] - drawn.mean()))
-    if size is None or abs(height - width) > 4 or abs(SHAPES[shape] - drawn.mean()) > 0.1:
+    if size is None or height != width:
+        return None
+    shape = min(SHARES[size], key=lambda name: abs(SHARES[size][name] - drawn.mean()))
+    if abs(SHARES[size][shape] - drawn.mean()) > 0.06:
         return None
     rows, columns = place
-    walls = min(rows.start, columns.start) <= 1 or max(rows.stop, columns.stop) >= SIDE - 1
+    gaps = {"t": rows.start, "b": SIDE - rows.stop, "l": columns.start, "r": SIDE - columns.stop}
+    walls = "".join(name for name, gap in gaps.items() if gap <= 1)
     return Item(color, shape, size, rows.start, columns.start, walls)
 
 
@@ -161,8 +176,20 @@ def vocabulary(sentences: list[str]) -> list[str]:
     return pieces + [f"[unused{index}]" for index in range(VOCABULARY - len(pieces))]
 
 
+def balanced(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The examples of sentences that are true of some scenes and false of others, the rarer kind repeated."""
+    sentences: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+    for row in rows:
+        sentences.setdefault(" ".join(row["text"].lower().rstrip(". ").split()), ([], []))[row["label"]].append(row)
+    chosen = []
+    for kinds in sentences.values():
+        count = max(map(len, kinds)) if all(kinds) else 0
+        chosen += [row for kind in kinds for row in itertools.islice(itertools.cycle(kind), count)]
+    return chosen
+
+
 def _write_train(folder: Path, archive: Path, rng: np.random.Generator) -> list[str]:
-    human, generated = [], []
+    human, generated, captions = [], [], []
     for number, example in enumerate(_examples(archive)):
         pixels, label = _pixels(example), _label(example)
         boxes = parse(pixels)
@@ -171,13 +198,16 @@ def _write_train(folder: Path, archive: Path, rng: np.random.Generator) -> list[
             image = f"images/train_{number:04d}_{index}.png"
             (folder / image).write_bytes(png(arrange(drawn)))
             human.append({"image": image, "text": text, "label": label})
-            for _ in range(STATEMENTS_PER_COLOURING if boxes else 0):
-                seen = [[item._replace(color=change[item.color]) for item in box] for box in boxes or []]
+            if boxes is None:
+                continue
+            seen = [[item._replace(color=change[item.color]) for item in box] for box in boxes]
+            captions.append({"image": image, "text": description(seen)})
+            for _ in range(STATEMENTS_PER_COLOURING):
                 text, truth = statement(seen, rng)
                 generated.append({"image": image, "text": text, "label": truth})
-    _write_json(folder / "human.json", human)
-    _write_json(folder / "statements.json", generated)
-    return [row["text"] for row in (*human, *generated)]
+    for name, rows in (("human", balanced(human)), ("statements", generated), ("captions", captions)):
+        _write_json(folder / f"{name}.json", rows)
+    return [row["text"] for row in (*human, *generated, *captions)]
 
 
 def _write_test(folder: Path, archive: Path) -> None:
