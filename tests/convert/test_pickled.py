@@ -18,8 +18,8 @@ from vlm.errors import UserError
 PROTO = b"\x80\x04"
 
 
-def load(data):
-    return pickled.load(memoryview(data))[0]
+def load(data, **options):
+    return pickled.load(memoryview(data), **options)[0]
 
 
 def short(text):
@@ -88,6 +88,53 @@ def test_nothing_is_executed(canary):
         with pytest.raises(UserError, match="refused|damaged") as error:
             load(data)
         assert "\n" not in str(error.value), name
+
+
+def test_nothing_is_executed_where_objects_become_records(canary):
+    """Every payload is refused, or what is left of it is data."""
+    inert = 0
+    for name, data in payloads(canary):
+        try:
+            value = load(data, objects=True)
+        except UserError as error:
+            assert "\n" not in str(error), name
+            continue
+        inert += 1
+        assert plain(value), name
+    assert inert >= 10
+
+
+def plain(value):
+    """Whether a value is made of nothing but data."""
+    if isinstance(value, dict):
+        return type(value) in (dict, pickled.Record) and all(map(plain, value)) and all(map(plain, value.values()))
+    return value is None or type(value) in (str, int, float, bool, bytes, pickled._Name) or all(map(plain, value))
+
+
+def test_objects_become_records_of_their_attributes():
+    class Point:
+        def __init__(self):
+            self.x, self.label, self.inner = 3, "p", None
+
+        def __setstate__(self, state):
+            raise AssertionError("called")
+
+    class Sized(dict):
+        pass
+
+    for cls in (Point, Sized):
+        cls.__qualname__ = cls.__name__
+        globals()[cls.__name__] = cls
+    outer, sized = Point(), Sized(a=1)
+    outer.inner, outer.sized, outer.names, sized.note = Point(), sized, {"b"}, "n"
+    for protocol in (2, 3, 4, 5):
+        data = pickle.dumps([outer, outer.inner, frozenset("c")], protocol)
+        with pytest.raises(UserError, match=r"refused: a reference to .*Point"):
+            load(data)
+        first, second, third = load(data, objects=True)
+        assert type(first) is pickled.Record and first["inner"] is second
+        assert second == {"x": 3, "label": "p", "inner": None} and third == ["c"]
+        assert first["sized"] == {"a": 1, "note": "n"} and first["names"] == ["b"]
 
 
 def test_the_payloads_are_real(tmp_path):

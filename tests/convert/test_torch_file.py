@@ -199,6 +199,70 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+class Scales(torch.nn.Module):
+    """A module with whatever a state dict has, and things that it has not."""
+
+    def __init__(self, hostile=None):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+        self.absent = None
+        self.register_parameter("nothing", None)
+        self.register_buffer("running", torch.ones(2))
+        self.register_buffer("passing", torch.zeros(2), persistent=False)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+        self.attribute = {"tensor": torch.ones(5)} if hostile is None else hostile
+
+
+@pytest.mark.parametrize("options", FORMATS.values())
+def test_a_pickled_module_is_read_as_its_state_dict(tmp_path, options):
+    module = Scales()
+    for value in (module, {"model": module, "epoch": 3}, torch.nn.DataParallel(module)):
+        torch.save(value, tmp_path / "module.pkl", **options)
+        found = open_tensors(tmp_path / "module.pkl")
+        expected = module.state_dict()
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(found[name].read(), tensor.numpy())
+
+
+def test_code_in_a_pickled_module_does_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/canary",)
+
+    for options in FORMATS.values():
+        torch.save(Scales(hostile=Evil()), tmp_path / "evil.pkl", **options)
+        assert open_tensors(tmp_path / "evil.pkl").keys() == Scales().state_dict().keys()
+        torch.save([Scales(hostile=Evil())], tmp_path / "evil.pkl", **options)  # no module, but a list
+        with pytest.raises(UserError, match=r"refused: a reference to"):
+            open_tensors(tmp_path / "evil.pkl")
+        torch.save({"_parameters": {"w": torch.ones(1)}, "_modules": {"x": Evil()}}, tmp_path / "evil.pkl", **options)
+        with pytest.raises(UserError, match=r"refused: a reference to (posix|os)\.system"):
+            open_tensors(tmp_path / "evil.pkl")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_modules_nested_without_end_are_refused(tmp_path):
+    module = Scales()
+    module.layers.add_module("again", module)
+    torch.save(module, tmp_path / "loop.pkl")
+    with pytest.raises(UserError, match="nested deeper than 32"):
+        open_tensors(tmp_path / "loop.pkl")
+    wide = torch.nn.Module()
+    for _ in range(30):  # 2**30 paths to one module
+        wide, inner = torch.nn.Module(), wide
+        wide.left, wide.right = inner, inner
+    torch.save(wide, tmp_path / "wide.pkl")
+    with pytest.raises(UserError, match="more than 200,000 entries"):
+        open_tensors(tmp_path / "wide.pkl")
+    content = {"w": torch.ones(1)}
+    for _ in range(30):
+        content = {"left": content, "right": content}
+    torch.save(content, tmp_path / "wide.pt")
+    with pytest.raises(UserError, match="more than 200,000 entries"):
+        open_tensors(tmp_path / "wide.pt")
+
+
 def test_other_files_are_named(tmp_path):
     path = tmp_path / "x.pt"
     for content, message in (

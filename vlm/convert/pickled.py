@@ -159,6 +159,8 @@ class _Machine:
             self.stack.append(_VALUES[name]())
         elif name in _INSTRUCTIONS:
             _INSTRUCTIONS[name](self, argument)
+        elif self.objects and name in _SETS:
+            _SETS[name](self)
         else:
             raise _Refused(f"pickle instruction {name}")
 
@@ -213,7 +215,8 @@ class _Machine:
         if isinstance(function, _Name) and isinstance(arguments, tuple) and function in _FUNCTIONS:
             self.stack.append(_FUNCTIONS[function](*arguments))
         elif self.objects:
-            self.stack.append(Record())
+            is_set = isinstance(function, _Name) and function in _SET_TYPES
+            self.stack.append(list(*arguments) if is_set else Record())
         else:
             raise _Refused(f"a call of {function if isinstance(function, _Name) else 'no known function'}")
 
@@ -280,6 +283,14 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "BUILD": _Machine.build,
     "BINPERSID": _Machine.persistent,
 }
+
+
+_SETS: dict[str, Callable[[_Machine], None]] = {  # as lists: a file's values need not be hashable
+    "EMPTY_SET": lambda machine: machine.push([]),
+    "FROZENSET": lambda machine: machine.push(machine.items()),
+    "ADDITEMS": lambda machine: machine.append_items(machine.items()),
+}
+_SET_TYPES = [_Name(module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset")]
 
 
 def _is_script_class(name: _Name) -> bool:

@@ -33,7 +33,7 @@ _NAMES = (
     "open_clip_pytorch_model.bin",
 )
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_MAX_MODULES = 100_000
+_MAX_ENTRIES = 200_000
 _MAX_INDEX_BYTES = 64 * 2**20
 
 
@@ -120,8 +120,7 @@ Locate = Callable[[str], tuple[int, int]]
 def _open_torch(path: Path, read: Callable[[Path, np.ndarray], tuple[Any, Locate]]) -> dict[str, TensorView]:
     data = np.memmap(path, np.uint8, "r")
     value, locate = read(path, data)
-    stored: dict[str, StoredTensor] = {}
-    _collect(_state_dict(_unwrap(value)), "", stored, depth=0)
+    stored = _collect(_state_dict(_unwrap(value)))
     if not stored:
         raise UserError(f"{path}: no tensors found")
     if stored and all(name.startswith("module.") for name in stored):  # DistributedDataParallel
@@ -151,17 +150,20 @@ def _state_dict(value: Any) -> Any:
     if not _is_module(value):
         return value
     root: dict[str, Any] = {}
-    pending, count = [(value, root, 0)], 0
+    pending, entries = [(value, root, 0)], 0
     while pending:
         module, tensors, depth = pending.pop()
-        count += 1
-        if count > _MAX_MODULES or depth > 32:
-            raise UserError(f"refused: modules nested deeper than 32, or more than {_MAX_MODULES:,}")
-        for group in ("_parameters", "_buffers"):
-            entries = module.get(group)
-            if type(entries) is dict:
-                tensors |= {name: entry for name, entry in entries.items() if isinstance(entry, StoredTensor)}
-        for name, child in module["_modules"].items():
+        parameters, children = module["_parameters"], module["_modules"]
+        buffers, transient = module.get("_buffers"), module.get("_non_persistent_buffers_set")
+        buffers = buffers if isinstance(buffers, dict) else {}
+        transient = transient if isinstance(transient, list) else []
+        entries += 1 + sum(map(len, (parameters, children, buffers, transient)))
+        if entries > _MAX_ENTRIES or depth > 32:
+            raise UserError(f"refused: modules nested deeper than 32, or more than {_MAX_ENTRIES:,} entries")
+        left_out = {name for name in transient if isinstance(name, str)}
+        named = parameters | {name: entry for name, entry in buffers.items() if name not in left_out}
+        tensors |= {name: entry for name, entry in named.items() if isinstance(entry, StoredTensor)}
+        for name, child in children.items():
             if _is_module(child):
                 tensors[name] = {}
                 pending.append((child, tensors[name], depth + 1))
@@ -186,20 +188,29 @@ def _load_pickle(data: memoryview, position: int = 0, *, source: str) -> tuple[A
         return value, end
 
 
-def _collect(value: Any, name: str, found: dict[str, StoredTensor], depth: int) -> None:
+def _collect(root: Any) -> dict[str, StoredTensor]:
     """Names every tensor by its dotted path through dictionaries (nested for TorchScript modules)."""
-    if isinstance(value, StoredTensor):
-        if not name or len(name) > 512 or not name.isprintable():
-            raise UserError(f"tensor name {name[:64]!r} is not printable text of at most 512 characters")
-        if name in found:
-            raise UserError(f"tensor {name!r} appears twice")
-        found[name] = value
-    elif isinstance(value, dict) and depth < 32:
-        for key, entry in value.items():
-            if isinstance(key, str) and isinstance(entry, dict | StoredTensor):
-                _collect(entry, f"{name}.{key}" if name else key, found, depth + 1)
-            if len(found) > 100_000:
-                raise UserError("more than 100,000 tensors")
+    found: dict[str, StoredTensor] = {}
+    entries = 0
+
+    def visit(value: Any, name: str, depth: int) -> None:
+        nonlocal entries
+        if isinstance(value, StoredTensor):
+            if not name or len(name) > 512 or not name.isprintable():
+                raise UserError(f"tensor name {name[:64]!r} is not printable text of at most 512 characters")
+            if name in found:
+                raise UserError(f"tensor {name!r} appears twice")
+            found[name] = value
+        elif isinstance(value, dict) and depth < 32:
+            entries += len(value)
+            if entries > _MAX_ENTRIES:  # a few dictionaries that contain one another have any number of paths
+                raise UserError(f"refused: more than {_MAX_ENTRIES:,} entries")
+            for key, entry in value.items():
+                if isinstance(key, str) and isinstance(entry, dict | StoredTensor):
+                    visit(entry, f"{name}.{key}" if name else key, depth + 1)
+
+    visit(root, "", 0)
+    return found
 
 
 def _view(path: Path, data: np.ndarray, name: str, tensor: StoredTensor, locate: Locate) -> TensorView:

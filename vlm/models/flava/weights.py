@@ -70,18 +70,17 @@ def read(
     given = config if "Hugging Face" in layout else None
     try:
         built = architecture(given, views, notes, layout=layout, overrides=overrides or {})
+        target = shapes(built)
+        absent = {path for path in ("logit_scale",) if path in target and path not in views}
+        needed = {path: leaf for path, leaf in target.items() if path not in absent}
+        params = import_tensors(tensors, rules, needed, source=where)
     except KeyError as error:
         import_tensors(tensors, rules, None, source=where)  # raises, unless all that is there is in order
         raise UserError(f"{where}: missing {error.args[0]}, without which sizes are unknown") from None
-    target = shapes(built)
-    absent = {path for path in ("logit_scale",) if path in target and path not in views}
-    try:
-        needed = {path: leaf for path, leaf in target.items() if path not in absent}
-        params = import_tensors(tensors, rules, needed, source=where)
-    except UserError as error:  # sizes that an old configuration reverts are the likely cause
+    except UserError as error:  # values that an old configuration reverts are the likely cause
         raise UserError("; ".join([str(error), *(note for note in notes if note.startswith("warning"))])) from None
     for path in absent:
-        params[path] = from_array(np.float32(built.logit_scale_init).reshape(()))
+        params[path] = from_array(np.asarray(built.logit_scale_init, np.float32))
         notes.append(f"initialised {path} to {built.logit_scale_init}: the file does not have it")
     return Imported(built, {path: params[path] for path in target}, layout, notes)
 
