@@ -13,7 +13,8 @@ were pretrained on 129M images (base / large, or base).
 | `…_pretrain_code`    | the same               | 600, 8 GPUs       | the same recipe with the published code's numbers|
 | `…_retrieval_coco`   | pretrained             | 256, 8 GPUs       | text R@1 81.9 / 82.4, image R@1 64.3 / 65.1      |
 | `…_retrieval_flickr` | pretrained             | 256, 8 GPUs       | text R@1 97.3 / 97.4, image R@1 87.3 / 87.6      |
-| `…_caption`          | pretrained (CapFilt-L) | 256, 8 GPUs       | COCO BLEU@4 39.7 / 40.4, CIDEr 133.3 / 136.7     |
+| `…_caption`          | pretrained (CapFilt-L) | 256, 8 GPUs       | COCO BLEU@4 39.7 / 40.4, CIDEr 133.3 / 136.7;    |
+|                      |                        |                   | NoCaps val CIDEr 109.6 / 113.2                   |
 | `…_vqa`              | pretrained (CapFilt-L) | 256, 16 GPUs      | VQAv2 test-dev 78.25, test-std 78.32             |
 | `…_nlvr`             | pretrained             | 256, 16 GPUs      | NLVR2 dev 82.48, test-P 83.08                    |
 | `…_classification`   | pretrained             | not published     | not published (SNLI-VE with LAVIS' classifier)   |
@@ -24,7 +25,9 @@ A task starts from a model of its own kind and image size, made once from a pret
     python -m vlm.convert model_base.pth checkpoints/model_base_retrieval --task=retrieval --image-size=384
     python -m vlm.convert model_base.pth checkpoints/model_base_nlvr --task=nlvr --image-size=384 --random
 
-(the dialog model from that for retrieval).
+(the dialog model from that for retrieval). Evaluations are those of the table: Karpathy's COCO test split and NoCaps
+(`coco`, `nocaps`), both directions of retrieval, NLVR2 (`dev`, `test`: test-P); `vqa` writes the file for VQA's server.
+NLVR2's own files are read as well: {"kind": "jsonl", "path": "nlvr2/data/dev.json", "root": "nlvr2/images"}.
 
 Small ones, for two CPU cores, on the two-digit scenes that `python -m vlm.demo --output=demo_output --data_only`
 prepares: `tiny` (pretraining, seconds), `digits_caption` and `digits_vqa` (at least 90 % exact captions and right
@@ -139,6 +142,7 @@ def _finetune(size: str, task: str) -> ConfigDict:
     config.init = _starts(pretrained, kind)
     config.data.batch_size = batch
     config.data.sources = SOURCES[task]
+    config.eval = EVALUATIONS.get(task, {})
     config.optimizer = _adamw(rates[size], {"name": "cosine", "epoch_steps": steps})
     config.train = {"steps": epochs * steps, "log_every": 50, "checkpoint_every": steps}
     return config
@@ -161,6 +165,41 @@ SOURCES = {
     "nlvr": ({"kind": "json", "path": "data/nlvr2/nlvr_train.json"},),
     "classification": ({"kind": "jsonl", "path": "data/snli_ve/train.jsonl"},),
     "dialog": ({"kind": "jsonl", "path": "data/visdial/train.jsonl"},),
+}
+
+
+def _retrieval(path: str, shortlist: int) -> dict:
+    """Published: both lists re-ranked down to `shortlist`; scores are matching logit plus cosine."""
+    data = {"kind": "json", "path": path}
+    return {"kind": "matching_retrieval", "data": data, "text": "caption", "shortlist": shortlist}
+
+
+EVALUATIONS = {  # what the paper reports; the expected numbers stand in the table on top
+    "retrieval_coco": {"coco": _retrieval("data/coco/coco_karpathy_test.json", 256)},
+    "retrieval_flickr": {"flickr": _retrieval("data/flickr30k/flickr30k_test.json", 128)},
+    "caption": {
+        "coco": {"kind": "captions", "data": {"kind": "json", "path": "data/coco/coco_karpathy_test.json"}},
+        # captions are not scored here: the file that is written goes to NoCaps' server, or to `python -m vlm.score`
+        "nocaps": {
+            "kind": "captions",
+            "data": {"kind": "json", "path": "data/nocaps/nocaps_val.json"},
+            "captions": None,
+            "preset": "nocaps",
+        },
+    },
+    "vqa": {  # the answers to test questions are known to the server alone
+        "vqa": {
+            "kind": "vqa",
+            "data": {"kind": "json", "path": "data/vqa/vqa_test.json"},
+            "answers": None,
+            "mode": "rank",
+            "answer_list": "data/vqa/answer_list.json",
+        }
+    },
+    "nlvr": {
+        part: {"kind": "nlvr2", "data": {"kind": "json", "path": f"data/nlvr2/nlvr_{part}.json"}}
+        for part in ("dev", "test")
+    },
 }
 
 

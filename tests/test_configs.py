@@ -1,6 +1,7 @@
 """Every shipped configuration: known settings only, models of the published sizes, schedules as published."""
 
 import importlib
+import json
 import math
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 import train
+from vlm import evaluation
 from vlm.config import build, parse_config_flag
+from vlm.demo.prepare import png
 from vlm.experiment import experiment
 from vlm.models import get_family
 from vlm.optimizer import learning_rate
@@ -17,7 +20,7 @@ from vlm.sharding import unbox
 from vlm.tree import flatten
 
 blip = importlib.import_module("configs.blip")
-SMALL = ("tiny", "nlvr_tiny", "digits_caption", "digits_vqa")
+SMALL = ("tiny", "nlvr_tiny", "nlvr_caption", "digits_caption", "digits_vqa")
 BLIP = [*SMALL, *blip.PUBLISHED]
 ALTCLIP = [
     f"{size}{stage}" for size in ("tiny", "altclip", "m9", "m18") for stage in ("", "_teacher", "_teacher_cached")
@@ -78,6 +81,29 @@ def test_fine_tuning_follows_a_cosine_of_epochs():
     epoch = settings.train.steps // 10
     expected = [2e-5, 2e-5, 1e-5 * (1 + np.cos(0.1 * np.pi)), 1e-5 * (1 + np.cos(0.9 * np.pi))]
     np.testing.assert_allclose([rate(step) for step in (0, epoch - 1, epoch, 10 * epoch - 1)], expected, rtol=1e-5)
+
+
+def test_published_evaluations_open_the_published_files(tmp_path, monkeypatch):
+    pair, many = {"sentence": "a", "label": "True", "images": ["x.png"] * 2}, {"image": "x.png", "caption": ["a", "b"]}
+    asked = {"question_id": 1, "question": "what?", "image": "x.png", "dataset": "vqa"}
+    files = {
+        "coco/coco_karpathy_test": [many],
+        "flickr30k/flickr30k_test": [many],
+        "nocaps/nocaps_val": [{"image": "x.png", "img_id": 3}],
+        "vqa/vqa_test": [asked],
+        "vqa/answer_list": ["yes", "no"],
+        "nlvr2/nlvr_dev": [pair],
+        "nlvr2/nlvr_test": [pair],
+    }
+    for name, content in files.items():
+        path = tmp_path / "data" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+        (path.parent / "x.png").write_bytes(png(np.zeros((2, 2, 3), np.uint8)))
+    settings = {name: settings_of(f"configs/blip.py:{name}") for name in blip.PUBLISHED}
+    monkeypatch.chdir(tmp_path)
+    opened = {name: evaluation.prepare(each.eval).evaluators for name, each in settings.items()}
+    assert sum(map(len, opened.values())) == 2 * 7 and set(opened["base_caption"]) == {"coco", "nocaps"}
 
 
 @pytest.mark.parametrize("flag", ["configs/blip.py:base_retrieval_coco", "configs/blip.py:tiny,/nowhere"])

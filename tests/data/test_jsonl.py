@@ -89,3 +89,26 @@ def test_real_file(shared_data):
     )
     assert len(source) == 80 and source[0]["key"] == "000000296284"
     assert len(source[0]["text"]) == 5 and len(source[0]["box"][0]) == 4
+
+
+def test_nlvr2_lines_name_their_pair(tmp_path, shared_data):
+    real = (shared_data / "nlvr2" / "dev.json").read_text().splitlines()[:2]
+    first = json.loads(real[0])
+    train = {"identifier": "train-10-2-0", "directory": 59, "sentence": "Two dogs.", "label": "True"}
+    (tmp_path / "dev.json").write_text("\n".join([*real, json.dumps(train)]) + "\n")
+    images = {f"dev/{first['identifier'].rpartition('-')[0]}-img{side}.png": f"dev {side}" for side in (0, 1)}
+    images |= {f"train/59/train-10-2-img{side}.png": f"train {side}" for side in (0, 1)}
+    for name, content in images.items():
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    source = JsonlSource(str(tmp_path / "dev.json"), root=str(tmp_path / "images"))
+    for index, part, row in ((0, b"dev", first), (2, b"train", train)):
+        example = source[index]
+        assert example["image"] == [part + b" 0", part + b" 1"] and example["text"] == row["sentence"]
+        assert example["label"] == row["label"] and example["identifier"] == row["identifier"]
+    with pytest.raises(UserError, match=r"dev-\d+-\d+-img0\.png"):
+        JsonlSource(str(tmp_path / "dev.json"))[0]
+    own = {"identifier": "dev-1-0-0", "sentence": "a", "images": ["dev.json"]}
+    (tmp_path / "own.json").write_text(json.dumps(own) + "\n")
+    assert "image" not in JsonlSource(str(tmp_path / "own.json"))[0]

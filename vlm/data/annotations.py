@@ -4,6 +4,7 @@
     dataset_coco.json, …      {"images": [{filename, filepath, split, cocoid, sentences: [{raw}]}]}
     v2_OpenEnded_*.json       {"questions": [{image_id, question_id, question}]}, with a file of answers beside it:
     v2_mscoco_*.json          {"annotations": [{question_id, question_type, answer_type, answers: [{answer}]}]}
+    NLVR2's train.json, dev.json, test1.json, … (JSON Lines): {identifier, sentence, label[, directory]} a line
 
 A record has `image` (a relative path, where the file tells it) and `image_id`; captions are a list under `caption`, of
 questions there are `question`, `question_id` and, where given, `answer` (a list), `question_type`, `answer_type`.
@@ -11,6 +12,7 @@ questions there are `question`, `question_id` and, where given, `answer` (a list
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ from vlm.data.json_scan import Element, read_document, scan
 from vlm.errors import UserError
 
 Record = dict[str, Any]
+_NLVR2 = re.compile(r"(?P<pair>(?P<split>train|dev|test[12])-\d{1,6}-\d{1,4})-\d{1,4}")
 
 
 def read_answer_list(path: str) -> list[str]:
@@ -36,6 +39,21 @@ def read_answer_list(path: str) -> list[str]:
         found = f"{twice!r} twice" if answers else "none"
         raise UserError(f"{path}: expected a list of different answers, found {found}")
     return answers
+
+
+def nlvr2_record(record: Record) -> Record:
+    """A line of NLVR2's own files with `text`, and `image`, the pair that its identifier names; others as they are.
+
+    Line dev-896-0-1 (split, set, pair, sentence) is about dev/dev-896-0-img0.png (left) and dev/dev-896-0-img1.png;
+    training images lie one folder deeper, in train/<directory>.
+    """
+    identifier, sentence = record.get("identifier"), record.get("sentence")
+    found = _NLVR2.fullmatch(identifier) if isinstance(identifier, str) and isinstance(sentence, str) else None
+    if found is None or not record.keys().isdisjoint(("image", "images")):
+        return record
+    folder = "/".join([found["split"], *([str(record["directory"])] if "directory" in record else [])])
+    pair = [f"{folder}/{found['pair']}-img{side}.png" for side in (0, 1)]
+    return {"text": sentence, **record, "image": pair}
 
 
 def published_records(elements: Iterable[Element], path: str, answers: str | None = None) -> Iterator[Record]:

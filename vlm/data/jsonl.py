@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.data.annotations import nlvr2_record
 from vlm.data.fields import FieldMap, parse_json
 from vlm.data.image_files import ImageFiles
 from vlm.data.shards import Starts, expand
@@ -25,7 +26,8 @@ class JsonlSource:
     Args:
         path: files (see `shards.expand`).
         fields: see `fields.FieldMap`. Where `image` is a string (or a list of them) it names image files, which are
-            read; without an image field the example is text only.
+            read; without an image field the example is text only. Lines of NLVR2's own files name their pair of
+            images by their identifier (see `annotations.nlvr2_record`).
         root: folder that image paths are relative to; None means each JSONL file's own folder (see `ImageFiles`).
         name: how the source is called in messages and in the skip ledger.
         num_shards: number of files there must be.
@@ -73,7 +75,7 @@ class JsonlSource:
         """Returns the example; raises UserError for a garbled line or an image file that cannot be read."""
         shard, line = self._starts.locate(index)
         where = f"{self.shards[shard]}: line {self._lines[shard][line, 2]}"
-        record = self._record(shard, line)
+        record = nlvr2_record(self._record(shard, line))
         key = str(record.get("key", f"{os.path.basename(self.shards[shard])}:{self._lines[shard][line, 2]}"))
         example = self._fields.apply(record, key, where)
         if "image" in example:
