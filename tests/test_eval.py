@@ -111,31 +111,6 @@ def test_limit_only_and_overrides(run, checkpoint, config):
     assert "pairs/text_to_image_recall@2" in metrics and "pairs/text_to_image_recall@10" not in metrics
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config={config}"], "--checkpoint=PATH is missing"),
-        (["--config={config}", "--checkpoint=/nowhere"], "no such file or folder: /nowhere"),
-        (["--checkpoint={checkpoint}"], "--config=FILE is missing"),
-        (["--config={config}", "--checkpoint={config}"], "config.json"),
-        (["--config={config}", "--checkpoint={checkpoint}", "--limit=0"], "--limit"),
-        (["--config={config}", "--checkpoint={checkpoint}", "--limit=x"], "--limit"),
-        (["--config={config}", "--checkpoint={checkpoint}", "--only=pars"], "did you mean 'pairs'"),
-        (["--config={config}", "--checkpoint={checkpoint}", "--outptu=a"], "did you mean '--output'"),
-        (["--config={config}", "--checkpoint={checkpoint}", "--output={tmp}/a.txt"], "ends in .json"),
-        (["--config={config}", "--checkpoint={checkpoint}", "--config.eval.pairs.caption=1"], "caption"),
-        (["--config={config}", "--checkpoint={checkpoint}", "--config.eval.animals.classnames=/no.txt"], "/no.txt"),
-        (["--config={config}", "--checkpoint={checkpoint}", "--config.eval={{}}"], "eval"),
-    ],
-)
-def test_wrong_inputs(run, checkpoint, config, tmp_path, arguments, message):
-    before = {path for path in tmp_path.iterdir()}
-    status, out, err = run(*[a.format(config=config, checkpoint=checkpoint, tmp=tmp_path) for a in arguments])
-    assert status == 2 and not out, (status, out)
-    assert err.startswith("error: ") and len(err.strip().splitlines()) == 1 and message in err, err
-    assert {path for path in tmp_path.iterdir()} == before
-
-
 def test_unreadable_checkpoint_leaves_no_output(run, config, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"format_version": 1}')

@@ -197,7 +197,7 @@ def _override(config: ConfigDict, argument: str) -> None:
             child = parent[int(key)]
         elif isinstance(parent, (ConfigDict, dict)) and key in parent:
             child = parent[key]
-        elif isinstance(parent, (ConfigDict, dict)) and (depth > 0 and keys[0] in _FREE):
+        elif isinstance(parent, (ConfigDict, dict)) and _is_free(keys[:depth]):
             return _set(parent, keys[depth:], _literal(text))
         else:
             where = ".".join(["config", *keys[: depth + 1]])
@@ -218,6 +218,11 @@ _FREE = tuple(
     for f in dataclasses.fields(schema.Config)
     if not dataclasses.is_dataclass(typing.get_type_hints(schema.Config)[f.name]) and f.name not in ("family", "remat")
 )
+
+
+def _is_free(section: Sequence[str]) -> bool:
+    """Whether a section may hold keys that neither the schema nor the file names."""
+    return bool(section) and (section[0] in _FREE or (section[:2] == ["data", "sources"] and len(section) > 2))
 
 
 def _typed(parent: Any, key: str) -> bool:

@@ -44,12 +44,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a `UserError` or a missing or unreadable file into one line on stderr and exit status 2."""
+    """Turns a `UserError`, or a file that is missing, unreadable or in the way, into one line and exit status 2."""
     try:
         yield
     except UserError as error:
         message = " ".join(str(error).split())
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
     else:
         return

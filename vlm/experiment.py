@@ -58,6 +58,8 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
     inherited = {"dtype": settings.precision.compute, "remat": remat or settings.remat}
     model_config = build(family.config_type, settings.model, "model", inherited)
     loss_config = build(family.loss_type, settings.loss, "loss", inherited)
+    if settings.data.teacher_cache is not None and not hasattr(loss_config, "target_dim"):
+        raise UserError(f"config.data.teacher_cache: no objective of {family.name} learns from precomputed embeddings")
     model = family.module(model_config)
 
     def init_params(key: jax.Array) -> Any:

@@ -35,6 +35,7 @@ from vlm.tokenizers.files import read_json
 from vlm.tree import flatten, listing, unflatten
 
 FORMAT_VERSION = 1
+_DTYPES = ("bfloat16", "float32")
 _CONFIG, _PARAMS, _EXTRA = "config.json", "params", "extra"
 _POSITIONS = ("vision/position_embedding", "teacher/vision/position_embedding")
 _TOKENIZER_FILES = ("*.model", "tokenizer.json", "vocab.txt", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
@@ -100,7 +101,12 @@ def load(
     Raises:
         UserError: nothing recognisable, damaged or incomplete files, weights that do not fit the architecture.
     """
+    for name, value, choices in (("dtype", dtype, (None, *_DTYPES)), ("verify", verify, ("full", "fast"))):
+        if value not in choices:
+            raise UserError(f"{name}: expected one of {', '.join(map(repr, choices))}, found {value!r}")
     opened = open_model(path, verify=verify, overrides=overrides)
+    if ema and opened.run is None:
+        raise UserError(f"{path}: {opened.origin} has no averaged parameters (ema); a training run has")
     for note in opened.notes:
         logging.getLogger("vlm").warning("%s: %s", path, note)
     config = _with_dtype(opened.config, dtype) if dtype else opened.config

@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,12 @@ def write_text(path: Path, text: str) -> None:
 def claim(workdir: Path) -> Iterator[None]:
     """Creates the folder and keeps other runs out of it; the claim ends with the process, however it ends.
 
+    A folder that was made here and in which nothing has been recorded by then (the run was refused) goes away again.
+
     Raises:
       UserError: another process writes to it, or it is not a folder that can be written to and locked.
     """
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / ".lock").open("a")
@@ -55,7 +58,21 @@ def claim(workdir: Path) -> Iterator[None]:
             raise UserError(f"--workdir: another process is writing to {workdir}") from None
         except OSError as error:  # a file system without locks, for instance
             raise UserError(f"--workdir: cannot lock {workdir / '.lock'}: {error.strerror}") from None
-        yield
+        try:
+            yield
+        finally:
+            if made and not any(path.is_file() and path.name != ".lock" for path in workdir.rglob("*")):
+                _remove(workdir, made)
+
+
+def _remove(workdir: Path, made: Sequence[Path]) -> None:
+    """Removes a folder without records, and those above it that were made for it."""
+    folders = sorted((path for path in workdir.rglob("*") if path.is_dir()), reverse=True)
+    with contextlib.suppress(OSError):
+        for lock in list(workdir.rglob(".lock")):
+            lock.unlink()
+        for folder in (*folders, *made):
+            folder.rmdir()
 
 
 def check_config(workdir: Path, config: Any, allow_change: bool = False) -> None:

@@ -182,15 +182,6 @@ def fails(capsys, *arguments):
 
 def test_wrong_inputs_end_with_one_line_and_leave_nothing(source, converted, tmp_path, capsys):
     target = tmp_path / "target"
-    assert "no such file" in fails(capsys, tmp_path / "absent", target)
-    (tmp_path / "text.pt").write_text("hello, world, this is not a checkpoint")
-    assert "neither a safetensors nor a PyTorch" in fails(capsys, tmp_path / "text.pt", target)
-    torch.save({"a": torch.ones(2)}, tmp_path / "other.pt")
-    assert "unknown layout" in fails(capsys, tmp_path / "other.pt", target)
-    assert "exists already" in fails(capsys, source, converted)
-    assert "no such folder" in fails(capsys, source, tmp_path / "absent" / "target")
-    assert "invalid choice: 'tf'" in fails(capsys, source, target, "--to=tf")
-    assert "expected KEY=VALUE" in fails(capsys, source, target, "--override=x")
     assert "did you mean 'activation'" in fails(capsys, source, target, "--override=vision.activtion=gelu")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
@@ -207,7 +198,7 @@ def test_wrong_inputs_end_with_one_line_and_leave_nothing(source, converted, tmp
     (damaged / "config.json").write_text("{")
     assert "config.json" in fails(capsys, damaged, target)
     assert not target.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "other.pt", "text.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
 
 
 def test_the_command_itself(source, tmp_path):

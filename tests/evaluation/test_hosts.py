@@ -87,7 +87,7 @@ def test_two_processes_equal_one(model, params, processor, colours, tmp_path):
         expected |= {form: float(value), f"{form}_gradient": float((gradient**2).sum())}
 
     values = [specs, *(np.asarray(value).tolist() for value in (params["words"], params["projection"], image, text))]
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     port, fake = f"localhost:{free_port()}", str(pathlib.Path(__file__).with_name("conftest.py"))
     outputs = [str(tmp_path / "two" / "r.json"), str(tmp_path / "none" / "r.json")]

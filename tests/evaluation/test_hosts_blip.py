@@ -42,7 +42,7 @@ def test_two_processes_equal_one(tiny_blip, scenes_folder, tmp_path):
     for task, each in specs.items():
         vlm.save(tmp_path / task, *tiny_blip(task))
         expected |= evaluation.run(each, *tiny_blip(task), progress=False)
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     with socket.socket() as server:
         server.bind(("localhost", 0))

@@ -39,6 +39,7 @@ from vlm.convert.views import TensorView, cast
 from vlm.convert.writer import check_new_folder, new_folder, write_safetensors, write_tensors
 from vlm.errors import Parser, UserError, exit_on_user_error
 from vlm.manifest import write_atomically
+from vlm.tree import listing
 
 _EXTRA = "extra/"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -171,15 +172,18 @@ def _override(argument: str) -> tuple[str, Any]:
 def _write_foreign(options: argparse.Namespace, opened: Any, processor: Any, bar: Any) -> None:
     """Writes Hugging Face's format, or the authors' .pth file."""
     weights, views, extra = opened.family.weights, opened.params, opened.extra
+    notes: list[str] = []
     if options.drop:
-        dropped = [name for name in (*views, *extra) if re.fullmatch(options.drop, name)]
-        print(f"note: left out {', '.join(dropped) or 'nothing'}")
+        dropped = _dropped(options.drop, [*views, *extra])
+        notes.append(f"left out {', '.join(dropped)}")
         views, extra = ({n: view for n, view in part.items() if n not in dropped} for part in (views, extra))
         opened = dataclasses.replace(opened, config=weights.without(opened.config, views), extra=extra)
     if options.to == "original" and not hasattr(weights, "write_original"):
         raise UserError(f"--to=original: {opened.family.name} is written for transformers only (--to=hf)")
     if options.to == "hf" and opened.extra:
-        print(f"note: left out {', '.join(sorted({n.split('/')[0] for n in extra}))}: transformers has no place for it")
+        notes.append(
+            f"left out {', '.join(sorted({n.split('/')[0] for n in extra}))}: transformers has no place for it"
+        )
         extra = {}
     everything = {**views, **{f"{_EXTRA}{name}": view for name, view in extra.items()}}
     with new_folder(options.target) as folder, _random_access(opened, everything, options.target) as found:
@@ -188,14 +192,23 @@ def _write_foreign(options: argparse.Namespace, opened: Any, processor: Any, bar
         if options.to == "original":
             write_pth(folder / "model.pth", weights.write_original(opened.config, views, extra), progress=bar.update)
         else:
-            notes: list[str] = []
             tensors, config = weights.write(opened.config, views, notes)
-            for note in notes:
-                print(f"note: {note}")
             write_tensors(folder, "model", tensors, metadata={"format": "pt"}, progress=bar.update)
             write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
         if processor is not None:
             processor.save(folder)
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _dropped(pattern: str, names: Sequence[str]) -> list[str]:
+    try:
+        found = [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise UserError(f"--drop: {pattern!r} is not a regular expression: {error}") from None
+    if not found:
+        raise UserError(f"--drop: {pattern!r} matches none of {listing(names, 4)}")
+    return found
 
 
 @contextlib.contextmanager

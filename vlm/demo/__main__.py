@@ -92,8 +92,8 @@ def report(metrics: dict[str, float], seconds: dict[str, float]) -> str:
 def _prepare(output: Path) -> None:
     from vlm.demo.prepare import prepare
 
-    steps.say("== data: the UCI handwritten digits, sentences about them, tokenizers")
     output.mkdir(parents=True, exist_ok=True)
+    steps.say("== data: the UCI handwritten digits, sentences about them, tokenizers")
     steps.say(f"   {prepare(output / 'data')}")
 
 
