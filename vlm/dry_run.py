@@ -124,6 +124,8 @@ def _batch(settings: Config, parts: Experiment, specs: Sequence[Mapping[str, Any
         if settings.data.streams and all("fields" in spec for spec in specs):
             arguments.append({field for spec in specs for field in spec["fields"]})
         rows = parts.family.processor.rows(*arguments)
+        if settings.data.teacher_cache is not None:
+            rows = rows | {"target": ((parts.loss_config.target_dim(parts.model_config),), "float32")}
         read = _read_by_loss(
             parts, {name: jax.ShapeDtypeStruct((batch, *row[0]), row[1]) for name, row in rows.items()}
         )
@@ -148,7 +150,7 @@ class _Watched(dict):
 
 
 def _read_by_loss(parts: Experiment, batch: Mapping[str, Any]) -> set[str]:
-    """Traces the loss; arrays that only the data could tell (precomputed targets) end the trace early."""
+    """Traces the loss; arrays that only the data could tell end the trace early."""
     read: set[str] = set()
 
     def trace(state: Any, batch: Any) -> Any:

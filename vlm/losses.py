@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, along_last
 
 RING_FROM = 65_536
 """Global batch size from which `contrastive(form="auto")` streams blocks instead of keeping rows."""
@@ -63,6 +63,7 @@ def contrastive(
     batch = image_embeds.shape[0]
     if form == "auto":
         form = "ring" if batch >= RING_FROM else "rows"
+    image_embeds, text_embeds = jnp.asarray(image_embeds), jnp.asarray(text_embeds)
     shares = jnp.full((batch,), 1 / batch, jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
     scale = jnp.asarray(scale, jnp.float32)
     how = (form, _batch_axes(batch), candidate_gradients)
@@ -71,7 +72,7 @@ def contrastive(
 
 def mean_squared_error(prediction: Float[AnyArray, "*b d"], target: Float[AnyArray, "*b d"]) -> Scalar:
     """Mean over batch and dimensions of (prediction − target)², as teacher learning uses it."""
-    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)))
+    return jnp.mean(jnp.square(jnp.asarray(prediction, jnp.float32) - jnp.asarray(target, jnp.float32)))
 
 
 def cross_entropy(
@@ -89,10 +90,11 @@ def token_losses(
 
     With label smoothing ε (Szegedy et al. 2016, section 7) the target is 1 − ε on the label plus ε / V everywhere.
     """
+    logits, labels = jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
     keep = labels != ignore
-    logits = logits.astype(jnp.float32)
     # Selecting by comparison instead of indexing: with the vocabulary sharded no device gathers the logits.
-    chosen = jnp.arange(logits.shape[-1], dtype=labels.dtype) == jnp.expand_dims(jnp.where(keep, labels, 0), -1)
+    classes = along_last(jnp.arange(logits.shape[-1], dtype=labels.dtype), logits)
+    chosen = classes == jnp.expand_dims(jnp.where(keep, labels, 0), -1)
     target = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
     if label_smoothing:
         target = (1 - label_smoothing) * target + label_smoothing * jnp.mean(logits, axis=-1)

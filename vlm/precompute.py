@@ -12,6 +12,7 @@ import argparse
 import functools
 import hashlib
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--config=FILE is missing; see --help")
         if options.batch_size < 1:
             raise UserError(f"--batch_size: expected at least 1, found {options.batch_size}")
+        if os.path.lexists(options.output):
+            raise UserError(f"--output: {options.output} exists already")
         count = precompute(build(Config, config, ""), options.output, options.dtype, options.batch_size)
         print(f"{count} sentences in {options.output}; train with --config.data.teacher_cache={options.output}")
     return 0
@@ -74,7 +77,7 @@ def precompute(settings: Config, output: str, dtype: str, batch_size: int) -> in
         teacher = _teacher(settings, parts, mesh)
         split = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
         embed = jax.jit(functools.partial(teacher_targets, loss), in_shardings=(None, split))
-        batches = _embeddings(sources, processor.teacher_tokenizer, embed, teacher, batch_size)
+        batches = _embeddings(sources, processor, embed, teacher, batch_size)
         return write_cache(output, batches, teacher=_fingerprint(loss, teacher), dtype=dtype)
 
 
@@ -97,14 +100,13 @@ def _teacher(settings: Config, parts: Any, mesh: Any) -> Any:
 
 
 def _embeddings(
-    sources: Sequence[Any], tokenizer: Any, embed: Any, teacher: Any, batch_size: int
+    sources: Sequence[Any], processor: Any, embed: Any, teacher: Any, batch_size: int
 ) -> Iterator[tuple[list[str], Any]]:
     """Distinct English sentences of all sources, in order, and their embeddings."""
     import numpy as np
     from tqdm import tqdm
 
     from vlm.data.teacher_cache import sentence_key
-    from vlm.models.altclip.processor import TEACHER_LENGTH
 
     def sentences() -> Iterator[str]:
         seen: set[bytes] = set()
@@ -123,7 +125,7 @@ def _embeddings(
     stream = sentences()
     while chunk := list(itertools.islice(stream, batch_size)):
         padded = chunk + [chunk[-1]] * (batch_size - len(chunk))  # one shape, one compilation
-        rows = tokenizer(padded, max_length=TEACHER_LENGTH, padding="max_length")
+        rows = processor.teacher_tokenizer(padded, max_length=processor.teacher_max_length, padding="max_length")
         batch = {f"teacher_{name}": rows[name] for name in ("tokens", "mask")}
         yield chunk, np.asarray(embed(teacher, batch))[: len(chunk)]
 

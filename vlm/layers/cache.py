@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm.layers.arrays import AnyArray
+
 
 @flax.struct.dataclass
 class Cache:
@@ -88,11 +90,12 @@ class DecoderCache:
     def of_prompt(
         cls,
         keys_values: tuple[tuple[Float[Array, "b l k d"], Float[Array, "b l k d"]], ...],
-        mask: Bool[Array, "b l"],
+        mask: Bool[AnyArray, "b l"],
         constants: Any = None,
     ) -> DecoderCache:
         """The cache after a prompt, from each layer's keys and values; positions count real tokens from 0."""
         layers = tuple(Cache.constant(*pair) for pair in keys_values)
+        mask = jnp.asarray(mask)
         return cls(layers, mask, mask.sum(1, dtype=jnp.int32), constants)
 
     def reserve(self, steps: int, rows: int) -> DecoderCache:

@@ -13,7 +13,7 @@ from flax.linen.spmd import RulesFallback
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, along_last
 
 Initializer = Callable[..., Any]
 Dtype = Any
@@ -25,7 +25,7 @@ def param(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> jax.Array:
     """Creates a float32 parameter of `module` and names the logical axis of each of its dimensions."""
-    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
+    return jnp.asarray(module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
 
 
 def partitioned(value: jax.Array, *axes: str | None) -> Any:
@@ -102,9 +102,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*b i"]) -> Float[Array, "*b o"]:
         kernel = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = matmul(jnp.asarray(x, self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
-            y = y + param(self, "bias", self.bias_init, (self.features,), self.axes[1:]).astype(self.dtype)
+            bias = param(self, "bias", self.bias_init, (self.features,), self.axes[1:])
+            y = y + along_last(bias.astype(self.dtype), y)
         return y
 
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, along_last
 from vlm.layers.linear import Linear, default_init, param
 from vlm.layers.mlp import ACTIVATIONS
 from vlm.layers.norms import LayerNorm
@@ -37,6 +37,8 @@ class LMHead(nn.Module):
         bias = param(self, "bias", nn.initializers.zeros_init(), (self.vocab_size,), ("vocab",)).astype(dtype)
         if self.tied:
             assert embedding is not None, "a tied head needs the token embedding"
-            return jnp.dot(hidden, embedding.astype(dtype).T) + bias
+            logits = jnp.dot(hidden, embedding.astype(dtype).T)
+            return logits + along_last(bias, logits)
         kernel = param(self, "kernel", default_init, (width, self.vocab_size), ("embed", "vocab"))
-        return jnp.dot(hidden, kernel.astype(dtype)) + bias
+        logits = jnp.dot(hidden, kernel.astype(dtype))
+        return logits + along_last(bias, logits)

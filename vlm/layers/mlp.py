@@ -89,5 +89,6 @@ class GateUp(nn.Module):
         kernel = param(self, "kernel", default_init, shape, ("embed", None, "mlp"))
         y = jnp.einsum("...e,ecm->...cm", x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
-            y = y + param(self, "bias", nn.initializers.zeros_init(), shape[1:], (None, "mlp")).astype(self.dtype)
+            bias = param(self, "bias", nn.initializers.zeros_init(), shape[1:], (None, "mlp")).astype(self.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - 2) + bias.shape)
         return y[..., 0, :], y[..., 1, :]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, along_last
 from vlm.layers.linear import param
 
 
@@ -30,6 +30,7 @@ class LayerNorm(nn.Module):
         centred = jnp.asarray(x, jnp.float32)
         centred = centred - centred.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
+        scale, bias = along_last(scale, centred), along_last(bias, centred)
         return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
 
 
@@ -43,7 +44,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[AnyArray, "*b e"]) -> Float[Array, "*b e"]:
         scale = param(self, "scale", nn.initializers.ones_init(), x.shape[-1:], ("norm",))
         x = jnp.asarray(x, jnp.float32)
-        return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * scale).astype(self.dtype)
+        scaled = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * along_last(scale, x)
+        return scaled.astype(self.dtype)
 
 
 def normalise(x: Float[AnyArray, "*b d"], eps: float = 1e-12) -> Float[Array, "*b d"]:

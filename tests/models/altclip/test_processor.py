@@ -128,6 +128,9 @@ def test_a_parallel_pair_gets_the_teachers_tokens(tokenizer, teacher, processor)
     assert row["teacher_tokens"][:5].tolist() == [49406, *teacher.encode("two small dogs"), 49407]
     assert row["teacher_mask"].sum() == 5
     np.testing.assert_array_equal(row["tokens"], processor(texts=["两只小狗"])["tokens"][0])
+    processor.teacher_max_length = 4
+    short = processor.example(example, rng(), train=True)
+    assert short["teacher_tokens"].tolist() == [*row["teacher_tokens"][:3].tolist(), 49407]
     row = processor.example(example | {"target": [0.5, 1.0]}, rng(), train=True)
     assert set(row) == {"tokens", "mask", "target"}
     assert (row["target"].dtype, row["target"].tolist()) == (np.float32, [0.5, 1.0])
@@ -145,10 +148,11 @@ def test_augmentation_only_in_training_and_only_from_the_generator(tokenizer):
 
 
 def test_save_then_load_keeps_everything(tokenizer, teacher, tmp_path):
-    first = Processor(tokenizer, ImageSettings((8, 10), None, mode="exact"), 9, teacher)
+    first = Processor(tokenizer, ImageSettings((8, 10), None, mode="exact"), 9, teacher, teacher_max_length=20)
     first.save(tmp_path / "a" / "b")
     second = Processor.load(tmp_path / "a" / "b")
     assert (second.image_settings, second.max_length) == (first.image_settings, 9)
+    assert second.teacher_max_length == 20
     example = {"image": png(), "text": "a dog", "source_text": "a dog"}
     rows = [
         processor.example(example, rng(), False) for processor in (first, second, pickle.loads(pickle.dumps(second)))

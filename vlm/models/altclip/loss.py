@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from vlm.encoders.clip_text import ClipTextConfig
 from vlm.errors import UserError
 from vlm.family import Batch, Extra, Metrics, Params
+from vlm.layers.norms import normalise
 from vlm.losses import chunked_cross_entropy, contrastive, mean_squared_error
-from vlm.models.altclip.model import AltCLIP, AltCLIPConfig, normalise
+from vlm.models.altclip.model import AltCLIP, AltCLIPConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,14 @@ class LossConfig:
             "lm": r"vision/.*|(vision|text)_projection/.*|text_(norm|transformation)/.*|logit_scale",
         }
         return towers[self.objective]
+
+    def target_dim(self, model: AltCLIPConfig) -> int:
+        """Numbers of the embedding that the student is trained towards."""
+        if self.target == "projected" and model.projection_dim is not None:
+            return model.projection_dim
+        tower = model.text or model.clip_text
+        transformed = model.text is not None and model.text_transformation
+        return model.project_dim if transformed or tower is None else tower.hidden_size
 
 
 REQUIRED = {"contrastive": ("image", "tokens", "mask"), "teacher_learning": ("tokens", "mask")}
@@ -101,6 +110,9 @@ def teacher_targets(config: LossConfig, extra: Extra, batch: Batch) -> jax.Array
         raise UserError(
             "teacher learning: examples need a `source_text`, and config.processor.teacher_tokenizer must be given"
         )
+    length, limit = batch["teacher_tokens"].shape[1], config.teacher.max_length if config.teacher else 0
+    if length > limit:
+        raise UserError(f"config.processor.teacher_max_length: expected at most the teacher's {limit}, found {length}")
     method = teacher.encode_text_pooled if config.target == "pooled" else teacher.encode_text
     target = teacher.apply(
         {"params": extra["teacher"]}, batch["teacher_tokens"], batch.get("teacher_mask"), method=method

@@ -18,8 +18,8 @@ from vlm.encoders.output import EncoderOutput
 from vlm.encoders.vit import ViT, ViTConfig
 from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import Linear, param
-from vlm.layers.mlp import ACTIVATIONS
-from vlm.layers.norms import LayerNorm
+from vlm.layers.lm_head import LMHead
+from vlm.layers.norms import LayerNorm, normalise
 from vlm.losses import contrastive
 
 normal = nn.initializers.normal
@@ -80,28 +80,6 @@ class AltCLIPOutput:
     vision_model_output: EncoderOutput | None = None
 
 
-def normalise(x: Float[AnyArray, "*b d"]) -> Float[Array, "*b d"]:
-    """Unit vectors x / ‖x‖, in float32."""
-    x = x.astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-class LMHead(nn.Module):
-    """RoBERTa's masked-language-modelling head: dense, GELU, norm, then the transposed token embedding and a bias."""
-
-    vocab_size: int
-    norm_eps: float
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, hidden: Float[AnyArray, "*b e"], embedding: Float[AnyArray, "v e"]) -> Float[Array, "*b v"]:
-        dtype = jnp.dtype(self.dtype)
-        hidden = Linear(hidden.shape[-1], ("embed", "projection"), dtype=dtype, name="dense")(hidden)
-        hidden = LayerNorm(self.norm_eps, dtype, name="norm")(ACTIVATIONS["gelu"](hidden))
-        bias = param(self, "bias", nn.initializers.zeros_init(), (self.vocab_size,), ("vocab",))
-        return jnp.dot(hidden, embedding.astype(dtype).T) + bias.astype(dtype)
-
-
 class AltCLIP(nn.Module):
     """Two towers and their projections into one space."""
 
@@ -122,7 +100,7 @@ class AltCLIP(nn.Module):
             if config.text_transformation_pre:
                 self.text_transformation_pre = linear(config.project_dim, dtype=dtype)
             if config.lm_head:
-                self.lm_head = LMHead(text.vocab_size, text.norm_eps, text.dtype)
+                self.lm_head = LMHead(text.vocab_size, text.norm_eps, dtype=text.dtype)
         elif config.clip_text is not None:
             self.text = ClipText(config.clip_text)
         if config.projection_dim is None:

@@ -22,8 +22,8 @@ from vlm.tokenizers import Tokenizer, load
 from vlm.tokenizers.files import read_json, read_json_if_present
 from vlm.tokenizers.loading import FILE_NAMES
 
-TEACHER_LENGTH = 77
-"""Rows of CLIP's text tower, special tokens included."""
+TEACHER_MAX_LENGTH = 77
+"""Positions of the published CLIP text towers, special tokens included."""
 MAX_LENGTH = 77
 """Where the authors cut texts in training and evaluation."""
 _SETTINGS_FILE = "vlm_processor.json"
@@ -39,7 +39,7 @@ class ProcessorConfig:
         tokenizer, teacher_tokenizer: folders or files that `vlm.tokenizers.load` reads; None: not needed.
         image: how pictures become arrays.
         augment: random crops and colours in training; None: pictures as in evaluation.
-        max_length: length of token rows.
+        max_length, teacher_max_length: length of token rows, and of the teacher's (at most its position table's).
         normalise: False makes training examples with uint8 pictures, a quarter of the bytes, that the training step
             normalises on the device.
         mlm_probability: share of tokens hidden in training for masked language modelling (`labels` are then made).
@@ -50,6 +50,7 @@ class ProcessorConfig:
     image: ImageSettings = dataclasses.field(default_factory=ImageSettings)
     augment: AugmentSettings | None = None
     max_length: int = MAX_LENGTH
+    teacher_max_length: int = TEACHER_MAX_LENGTH
     normalise: bool = True
     mlm_probability: float = 0.0
 
@@ -69,6 +70,7 @@ class Processor:
         augment: random variation of pictures in training.
         normalise: False gives uint8 pictures in training (`example`); all others are normalised here.
         mlm_probability: share of tokens hidden in training; 0: none.
+        teacher_max_length: length of the teacher's token rows.
     """
 
     def __init__(
@@ -81,12 +83,14 @@ class Processor:
         augment: AugmentSettings | None = None,
         normalise: bool = True,
         mlm_probability: float = 0.0,
+        teacher_max_length: int = TEACHER_MAX_LENGTH,
     ):
-        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
-            raise UserError(f"max_length must be a whole number of at least 2, found {max_length!r}")
+        for name, length in (("max_length", max_length), ("teacher_max_length", teacher_max_length)):
+            if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+                raise UserError(f"{name} must be a whole number of at least 2, found {length!r}")
         self.tokenizer, self.teacher_tokenizer = tokenizer, teacher_tokenizer
         self.image_settings, self.augment = image_settings, augment
-        self.max_length, self.normalise = max_length, normalise
+        self.max_length, self.teacher_max_length, self.normalise = max_length, teacher_max_length, normalise
         self.mlm_probability = mlm_probability
 
     @classmethod
@@ -94,14 +98,15 @@ class Processor:
         """Opens the tokenizers that a configuration names."""
         tokenizer, teacher = (load(path) if path else None for path in (config.tokenizer, config.teacher_tokenizer))
         options: dict[str, Any] = {"augment": config.augment, "normalise": config.normalise}
-        options["mlm_probability"] = config.mlm_probability
+        options |= {"mlm_probability": config.mlm_probability, "teacher_max_length": config.teacher_max_length}
         return cls(tokenizer, config.image, config.max_length, teacher, **options)
 
     @staticmethod
     def rows(config: ProcessorConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype, without batch axis, of everything `example` may make; opens no file."""
         text = {"tokens": ((config.max_length,), "int32"), "mask": ((config.max_length,), "bool")}
-        teacher = {"teacher_tokens": ((TEACHER_LENGTH,), "int32"), "teacher_mask": ((TEACHER_LENGTH,), "bool")}
+        length = config.teacher_max_length
+        teacher = {"teacher_tokens": ((length,), "int32"), "teacher_mask": ((length,), "bool")}
         size = config.image.output_size
         image = {"image": ((*size, 3), "float32" if config.normalise else "uint8")} if size else {}
         return image | text | (teacher if config.teacher_tokenizer else {})
@@ -149,8 +154,8 @@ class Processor:
 
         Returns:
             `image` [H, W, 3], `tokens`, `mask` [max_length]; with a teacher tokenizer and no target
-            `teacher_tokens`, `teacher_mask` [77]; `target` float32[D]; `labels` int32[], in masked language modelling
-            int32[max_length] with −100 where nothing is hidden.
+            `teacher_tokens`, `teacher_mask` [teacher_max_length]; `target` float32[D]; `labels` int32[], in masked
+            language modelling int32[max_length] with −100 where nothing is hidden.
 
         Raises:
             UserError: the example lacks everything known, or holds something unusable.
@@ -170,7 +175,7 @@ class Processor:
             row["target"] = _vector(example["target"], f"{name}: target")
         elif example.get("source_text") is not None and self.teacher_tokenizer is not None:
             text = one_text(example["source_text"], rng if train else None, f"{name}: source_text")
-            teacher = _encode(self.teacher_tokenizer, text, TEACHER_LENGTH)
+            teacher = _encode(self.teacher_tokenizer, text, self.teacher_max_length)
             row |= {f"teacher_{key}": value for key, value in teacher.items()}
         if not row:
             raise UserError(f"{name}: expected image, text or source_text, found {', '.join(example) or 'nothing'}")
@@ -196,6 +201,8 @@ class Processor:
         if self.teacher_tokenizer is not None:
             self.teacher_tokenizer.save(directory / _TEACHER_FOLDER)
         settings = {"format_version": 1, "max_length": self.max_length}
+        if self.teacher_tokenizer is not None:
+            settings["teacher_max_length"] = self.teacher_max_length
         files: dict[str, Mapping[str, Any]] = {_SETTINGS_FILE: settings}
         if self.image_settings is not None:
             files[_IMAGE_FILES[0]] = write_image_config(self.image_settings)
@@ -228,6 +235,7 @@ class Processor:
             read_image_config(read_json(image_file), str(image_file)) if image_file else None,
             settings.get("max_length", MAX_LENGTH),
             load(teacher) if teacher.is_dir() else None,
+            teacher_max_length=settings.get("teacher_max_length", TEACHER_MAX_LENGTH),
         )
 
     def _tokenizer(self) -> Tokenizer:
