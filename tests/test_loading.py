@@ -117,8 +117,8 @@ def test_dtype(folder):
     assert all(leaf.dtype == jnp.bfloat16 for leaf in flatten(found).values())
     assert model.config.vision.dtype == model.config.text.dtype == "bfloat16"
     batch = {"image": np.zeros((1, 16, 16, 3), np.float32), "tokens": np.array([[0, 5, 2]])}
-    output = jax.eval_shape(lambda: model.apply({"params": found}, **batch))
-    assert output.vision_model_output.last_hidden_state.dtype == jnp.bfloat16
+    image = jax.eval_shape(lambda: model.apply({"params": found}, **batch).vision_model_output.last_hidden_state)
+    assert image.dtype == jnp.bfloat16
 
 
 def test_training_runs_in_all_their_forms(tmp_path, model, params, processor):

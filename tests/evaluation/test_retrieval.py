@@ -114,7 +114,7 @@ def test_impossible_inputs_are_named():
     with pytest.raises(ValueError, match="found 1 rows with others"):
         retrieval.ranks(np.where(eye == 1, np.nan, eye)[:1], eye[:1], np.array([0]))
     with pytest.raises(ValueError, match="one image per text"):
-        retrieval.ranks(eye, eye, np.array([0, 1]))
+        retrieval._check(eye, eye, np.array([0, 1]))  # `ranks` itself: the annotated shapes refuse it before
 
 
 def test_memory_does_not_grow_with_the_matrix():

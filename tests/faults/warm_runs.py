@@ -29,7 +29,7 @@ STEPS, EVERY = 16, 2
 
 
 def loss(params, batch, key):
-    hidden = jnp.tanh(batch @ params["up"]) * jax.random.bernoulli(key, 0.9, (64,))
+    hidden = jnp.tanh(batch @ params["up"]) * jax.random.bernoulli(key, 0.9, (1, 64))
     return jnp.mean((hidden @ params["down"] - batch) ** 2)
 
 

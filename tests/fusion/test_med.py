@@ -239,7 +239,7 @@ def test_pooler():
     params = _random(model)
     found = _apply(model, params, TOKENS)
     pooler = params["pooler"]
-    expected = np.tanh(found.last_hidden_state[:, 0] @ pooler["kernel"] + pooler["bias"])
+    expected = np.tanh(np.asarray(found.last_hidden_state[:, 0] @ pooler["kernel"]) + np.asarray(pooler["bias"]))
     np.testing.assert_allclose(found.pooler_output, expected, atol=1e-6)
 
 

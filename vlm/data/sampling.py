@@ -25,6 +25,8 @@ _MAX_BLOCK = 1 << 16
 _MIN_BLOCK = 64
 _ROUNDS = 6
 
+Word = np.ndarray | np.uint64
+
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
@@ -36,7 +38,7 @@ class Draws:
     valid: Bool[np.ndarray, " n"]
 
 
-def mix(*words: int | np.ndarray) -> np.ndarray:
+def mix(*words: int | Word) -> np.ndarray:
     """Hashes integers (arrays broadcast) to uint64; every word changes every bit."""
     state = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
@@ -46,13 +48,13 @@ def mix(*words: int | np.ndarray) -> np.ndarray:
     return np.asarray(state)
 
 
-def _finalise(x: np.ndarray) -> np.ndarray:
+def _finalise(x: Word) -> Word:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def permute(index: Int[np.ndarray, " n"], size: int, key: np.ndarray) -> Int[np.ndarray, " n"]:
+def permute(index: Int[np.ndarray, " n"], size: int, key: Word) -> Int[np.ndarray, " n"]:
     """Returns where a permutation of `range(size)` sends each index; `key` (uint64[] or [n]) chooses it.
 
     For a fixed key this is a bijection. Takes O(1) memory and time per element whatever the size.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vlm.data.json_list import JsonSource
 from vlm.data.jsonl import JsonlSource
@@ -30,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to raw examples."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 Scores = Float[np.ndarray, "n c"]
 Labels = Int[np.ndarray, " n"]
-Weights = Float[np.ndarray, " n"]
+Weights = Shaped[np.ndarray, " n"]  # counts, shares or flags
 
 
 def label_ranks(scores: Scores, labels: Labels) -> Int[np.ndarray, " n"]:

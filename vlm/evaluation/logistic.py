@@ -34,7 +34,12 @@ def fit(
       tolerance: iterations end when no gradient entry is larger.
     """
     kernel, bias = _fit(
-        jnp.asarray(features, jnp.float32), jnp.asarray(labels), penalty, tolerance, num_classes, max_iterations
+        jnp.asarray(features, jnp.float32),
+        jnp.asarray(labels),
+        jnp.asarray(penalty, jnp.float32),
+        jnp.asarray(tolerance, jnp.float32),
+        num_classes,
+        max_iterations,
     )
     return np.asarray(kernel), np.asarray(bias)
 
@@ -84,7 +89,12 @@ def sweep(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _fit(
-    features: jax.Array, labels: jax.Array, penalty: float, tolerance: float, num_classes: int, max_iterations: int
+    features: jax.Array,
+    labels: jax.Array,
+    penalty: jax.Array,
+    tolerance: jax.Array,
+    num_classes: int,
+    max_iterations: int,
 ) -> tuple[jax.Array, jax.Array]:
     count, width = features.shape
 

@@ -93,7 +93,7 @@ def group_ranks(
 
 
 def score_ranks(
-    image_to_text: Float[np.ndarray, "i t"], text_to_image: Float[np.ndarray, "t i"], text_image: Int[np.ndarray, " t"]
+    image_to_text: Float[np.ndarray, "i t"], text_to_image: Float[np.ndarray, "n m"], text_image: Int[np.ndarray, " t"]
 ) -> Ranks:
     """Ranks by given scores, which may differ by direction: a shortlist of each query's best is scored anew.
 

@@ -105,8 +105,8 @@ class MedLayer(nn.Module):
         hidden: Float[AnyArray, "b l e"],
         layer: LayerInput,
         mask: Mask = None,
-        context: Float[AnyArray, "b ... m c"] | None = None,
-        context_mask: Bool[AnyArray, "b ... m"] | None = None,
+        context: Float[AnyArray, "b ... n c"] | None = None,
+        context_mask: Bool[AnyArray, "b ... n"] | None = None,
     ) -> tuple[Float[Array, "b l e"], LayerOutput]:
         caches = layer.cache or (None, None)
         hidden = constrain(jnp.asarray(hidden), "batch", "length", "embed_activation")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm.generation.config import GenerationConfig
+from vlm.layers.arrays import AnyArray
 
 NEVER = -jnp.inf
 
@@ -63,7 +64,11 @@ def numbers(config: GenerationConfig, stop_ids: tuple[int, ...], longest: int) -
 
 
 def process(
-    scores: Float[Array, "r v"], history: History, prompt_length: Int[Array, " r"], config: GenerationConfig, n: Numbers
+    scores: Float[AnyArray, "r v"],
+    history: History,
+    prompt_length: Int[Array, " r"],
+    config: GenerationConfig,
+    n: Numbers,
 ) -> Float[Array, "r v"]:
     """Applies what the config asks for, in the published order; scores are logits or log-probabilities."""
     scores = jnp.asarray(scores)
@@ -81,7 +86,7 @@ def process(
     return scores
 
 
-def ban(scores: Float[Array, "r v"], tokens: Int[Array, "r w"], banned: Bool[Array, "r w"]) -> Float[Array, "r v"]:
+def ban(scores: Float[Array, "r v"], tokens: Int[Array, "r w"], banned: Bool[Array, "r _"]) -> Float[Array, "r v"]:
     """Forbids tokens[r, w] to row r where `banned`."""
     rows = jnp.arange(len(scores))[:, None]
     return scores.at[rows, jnp.where(banned, tokens, scores.shape[1])].set(NEVER, mode="drop")

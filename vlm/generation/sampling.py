@@ -8,14 +8,16 @@ from jaxtyping import Array, Float, Int
 
 from vlm.generation.config import GenerationConfig
 from vlm.generation.processors import NEVER, Numbers
+from vlm.layers.arrays import AnyArray
 
 
-def warp(scores: Float[Array, "r v"], config: GenerationConfig, n: Numbers, *, keep: int = 1) -> Float[Array, "r v"]:
+def warp(scores: Float[AnyArray, "r v"], config: GenerationConfig, n: Numbers, *, keep: int = 1) -> Float[Array, "r v"]:
     """The distribution to draw from, as scores; tokens outside it are −∞.
 
     Args:
       keep: leave at least so many tokens.
     """
+    scores = jnp.asarray(scores)
     if n.temperature is not None:
         scores = scores / n.temperature
     if config.top_k is not None:

@@ -282,7 +282,7 @@ def test_pretraining_runs_one_stack_in_three_ways(pretraining, images):
     enc, dec = (np.where(CLS == 1, new, CLS) for new in (59, 58))
 
     alone = _stack(model, params, "text", CLS, MASK)[:, 0]
-    embeds = alone @ params["text_projection"]["kernel"] + params["text_projection"]["bias"]
+    embeds = np.asarray(alone @ params["text_projection"]["kernel"]) + np.asarray(params["text_projection"]["bias"])
     unit = embeds / np.linalg.norm(embeds, axis=-1, keepdims=True)
     np.testing.assert_allclose(compared.text_embeds, unit, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found.image_embeds, axis=-1), 1, atol=1e-6)
@@ -339,8 +339,8 @@ def test_pairs_of_images(images):
     np.testing.assert_allclose(found.last_hidden_state, context, atol=1e-5)
     stack = Med(STACK, average_layers=1)
     hidden = _apply(stack, params["text"], np.where(CLS == 1, 59, CLS), MASK, context=context).last_hidden_state[:, 0]
-    head = params["classifier"]
-    hidden = np.maximum(hidden @ head["dense"]["kernel"] + head["dense"]["bias"], 0)
+    head = jax.tree.map(np.asarray, params["classifier"])
+    hidden = np.maximum(np.asarray(hidden) @ head["dense"]["kernel"] + head["dense"]["bias"], 0)
     np.testing.assert_allclose(found.logits, hidden @ head["out"]["kernel"] + head["out"]["bias"], atol=1e-5)
     with pytest.raises(ValueError, match=r"image: expected \[B, 2, H, W, 3\], found \[3, 16, 16, 3\]"):
         _apply(model, params, images, CLS, MASK)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm.family import Batch, Metrics, Params
 from vlm.losses import token_losses
@@ -25,7 +25,7 @@ def hard_negatives(
     return drawn, allowed.any(axis=-1)
 
 
-def pick(x: Float[Array, "b ..."], drawn: Int[Array, " b"], group: int) -> Float[Array, "b ..."]:
+def pick(x: Shaped[Array, "b ..."], drawn: Int[Array, " b"], group: int) -> Shaped[Array, "b ..."]:
     """Rows of `x` at positions within each row's group."""
     rows = jax.vmap(lambda rows, index: rows[index])(in_groups(x, group), in_groups(drawn, group))
     return rows.reshape(x.shape)

@@ -24,6 +24,8 @@ from vlm.models.blip.writing import Writing
 Image = Float[AnyArray, "b ... h w 3"]  # pairs and videos have an axis after the batch
 Tokens = Int[AnyArray, "b ... l"]  # so have several texts [B, A, L] for each image
 Mask = Bool[AnyArray, "b ... l"] | None
+Answers = Int[AnyArray, "b ... a"]
+AnswerMask = Bool[AnyArray, "b ... a"] | None
 Context = Float[AnyArray, "b ... m c"]
 ContextMask = Bool[AnyArray, "b ... m"] | None
 
@@ -87,8 +89,8 @@ class BLIP(Writing, nn.Module):
         tokens: Tokens | None = None,
         mask: Mask = None,
         *,
-        answer_tokens: Tokens | None = None,
-        answer_mask: Mask = None,
+        answer_tokens: Answers | None = None,
+        answer_mask: AnswerMask = None,
         labels: Int[AnyArray, "bt ..."] | None = None,
         use_itm_head: bool = True,
         return_loss: bool = False,

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm.errors import UserError
 from vlm.family import Batch, Extra, Metrics, Params
@@ -53,7 +53,9 @@ def alpha(step: Int[Array, ""], highest: float, ramp: int) -> Float[Array, ""]:
 # ------------------------------------------------------------------------------------------------------------- queue
 
 
-def enqueue(queue: Float[Array, "q ..."], rows: Float[Array, "b ..."], index: Int[Array, ""]) -> Float[Array, "q ..."]:
+def enqueue(
+    queue: Shaped[Array, "q ..."], rows: Shaped[Array, "b ..."], index: Int[Array, ""]
+) -> Shaped[Array, "q ..."]:
     """Writes `rows` over the oldest entries, from `index` on and around the end.
 
     The few new rows are sent to every device, which picks those that fall on its part of the queue.
@@ -85,7 +87,7 @@ def advance(extra: Extra, features: dict[str, jax.Array]) -> Extra:
 # ----------------------------------------------------------------------------------------------- contrastive loss
 
 
-def in_groups(x: Float[Array, "b ..."], group: int) -> Float[Array, "n g ..."]:
+def in_groups(x: Shaped[Array, "b ..."], group: int) -> Shaped[Array, "n g ..."]:
     """[B, …] as [B / g, g, …].
 
     Raises:
