@@ -21,6 +21,7 @@ from vlm import flops, metrics
 from vlm.checkpoint.processes import from_primary
 from vlm.data.batch import LoaderSettings
 from vlm.data.loader import Loader, Transform
+from vlm.data.others import WithOthers
 from vlm.data.source import Source, open_sources
 from vlm.data.teacher_cache import TeacherCache, WithTarget
 from vlm.errors import UserError
@@ -134,6 +135,8 @@ def open_data(
       UserError: data that cannot be opened.
     """
     sources, weights = open_sources(specs)
+    if getattr(processor, "reads_others", False):
+        sources = [WithOthers(source) for source in sources]
     transform = processor.example
     if settings.data.teacher_cache is not None:
         cache = TeacherCache(settings.data.teacher_cache)

@@ -1,0 +1,340 @@
+"""Images and texts to FLAVA's batches: squashed pictures, the codebook's pictures, BERT's tokens, masks and labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from vlm.data.augment import AugmentSettings, augment, random_box
+from vlm.data.block_masking import BlockSettings, block_mask
+from vlm.data.image import ImageInput, ImageSettings, open_image, process
+from vlm.data.masking import mask_tokens, mask_words
+from vlm.data.text import one_text
+from vlm.errors import UserError
+from vlm.manifest import write_atomically
+from vlm.models.flava import targets
+from vlm.models.flava.image_files import read_image_settings, write_image_settings
+from vlm.strict import build
+from vlm.tokenizers import Tokenizer, load
+from vlm.tokenizers.files import read_json, read_json_if_present
+from vlm.tokenizers.loading import FILE_NAMES
+from vlm.tokenizers.tokenizer_json import LibraryTokenizer
+
+Task = Literal["pretrain", "classification", "regression", "soft_labels"]
+_SETTINGS_FILE = "vlm_processor.json"
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_STORED = ("task", "max_length", "text_length", "mlm_probability", "itm_probability")
+_COLOURS = ("flip", "brightness", "contrast", "saturation", "hue", "grayscale", "rand_augment")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorConfig:
+    """The processor's section of a configuration.
+
+    Attributes:
+        tokenizer: folder or file of a BERT vocabulary that `vlm.tokenizers.load` reads; None: not needed.
+        task: what examples are made for, as `loss.objective` (see `Processor.example`).
+        image: how pictures become arrays; FLAVA squashes them to a square (VQA: 480).
+        augment: random variation of pictures in training; None: pictures as in evaluation. Pretraining crops them, with
+            scale (0.9, 1.0), and does nothing else: both pictures below come from one crop.
+        max_length: length of token rows, and `text_length` of those of training examples without a picture.
+        patch_size: pixels along the side of a patch. mask_patches, blocks: how many are hidden in pretraining, how.
+        codebook_size: pixels along the side of the codebook's picture, 8 for each patch; None: it is not made, as
+            where labels are computed beforehand (`config.data.codebook_cache`).
+        mlm_probability: share of tokens hidden in pretraining; of pairs whole words.
+        itm_probability: share of pairs that get the caption of another example in pretraining; 0: none, no labels.
+        answers: JSON file with the list of answers that "soft_labels" scores; num_answers: how many there must be.
+        normalise: False makes training examples with uint8 pictures, that the training step normalises on the device.
+    """
+
+    tokenizer: str | None = None
+    task: Task = "pretrain"
+    image: ImageSettings = dataclasses.field(default_factory=lambda: ImageSettings(224, None, mode="exact"))
+    augment: AugmentSettings | None = None
+    max_length: int = 77
+    text_length: int = 512
+    patch_size: int = 16
+    mask_patches: int = 75
+    blocks: BlockSettings = dataclasses.field(default_factory=BlockSettings)
+    codebook_size: int | None = 112
+    mlm_probability: float = 0.15
+    itm_probability: float = 0.1
+    answers: str | None = None
+    num_answers: int = 3129
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_length", 3), ("text_length", 3), ("patch_size", 1), ("mask_patches", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+        for name in ("mlm_probability", "itm_probability"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}: expected a share in [0, 1), found {getattr(self, name)}")
+        size = self.image.output_size
+        if size is not None and any(side % self.patch_size for side in size):
+            raise UserError(f"patch_size: expected a divisor of the image's {size}, found {self.patch_size}")
+        varied = [name for name in _COLOURS if self.augment is not None and getattr(self.augment, name)]
+        if self.task == "pretrain" and varied:
+            raise UserError(f"augment: pretraining only crops pictures, found {varied[0]}")
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Patches of a picture."""
+        size = self.image.output_size
+        return size and (size[0] // self.patch_size, size[1] // self.patch_size)
+
+    @property
+    def codebook_image(self) -> ImageSettings:
+        """How the codebook's picture is made, before its values are moved to [0.1, 0.9]."""
+        return ImageSettings(self.codebook_size, None, None, None, "lanczos", "exact")
+
+
+class Processor:
+    """Turns images and texts into batches (`processor(...)`), and raw examples into rows (`processor.example`).
+
+    Args:
+        tokenizer: BERT's; None where only images are processed.
+        config: see `ProcessorConfig`; its `tokenizer` and `answers` are not opened here.
+        answers: the list of answers that "soft_labels" scores.
+
+    Attributes:
+        max_length: tokens of a row.
+        reads_others: whether training examples must know their source (`vlm.data.others`).
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, config: ProcessorConfig | None = None, answers: Sequence[str] | None = None
+    ):
+        self.tokenizer, self.config = tokenizer, config or ProcessorConfig()
+        self.image_settings = self.config.image
+        self.max_length = self.config.max_length
+        self.answers = tuple(answers) if answers is not None else None
+        self.reads_others = self.config.task == "pretrain" and self.config.itm_probability > 0
+        self._numbers = {text.strip().lower(): number for number, text in enumerate(self.answers or ())}
+        self._special: Collection[int] = ()
+        if tokenizer is not None:
+            ids = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.mask_id)
+            self._special = {id_ for id_ in ids if id_ is not None}
+        self._continues = tokenizer.continuations() if isinstance(tokenizer, LibraryTokenizer) else None
+
+    @classmethod
+    def from_config(cls, config: ProcessorConfig) -> Processor:
+        """Opens the files that a configuration names."""
+        answers = targets.read_answers(config.answers, config.num_answers) if config.answers else None
+        return cls(load(config.tokenizer) if config.tokenizer else None, config, answers)
+
+    @staticmethod
+    def rows(
+        config: ProcessorConfig, fields: Collection[str] = ("image", "text")
+    ) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype, without batch axis, of everything `example` may make of raw examples with these fields."""
+        rows: dict[str, tuple[tuple[int, ...], str]] = {}
+        pretrain, pixels = config.task == "pretrain", "float32" if config.normalise else "uint8"
+        if "image" in fields and config.image.output_size is not None:
+            rows["image"] = ((*config.image.output_size, 3), pixels)
+            if pretrain and config.mask_patches:
+                rows["patch_mask"] = ((int(np.prod(config.grid or ())),), "bool")
+            if pretrain and config.codebook_size is not None:
+                rows["codebook_image"] = ((config.codebook_size, config.codebook_size, 3), pixels)
+        if "text" in fields:
+            length = (config.max_length if "image" in fields else config.text_length,)
+            rows |= {"tokens": (length, "int32"), "mask": (length, "bool")}
+            rows |= {"token_types": (length, "int32")} if "text_pair" in fields else {}
+            if pretrain and config.mlm_probability:
+                rows |= {"masked_tokens": (length, "int32"), "token_labels": (length, "int32")}
+            if pretrain and config.itm_probability and "image" in fields:
+                rows["itm_labels"] = ((), "int32")
+        if config.task in ("classification", "regression"):
+            rows["labels"] = ((), "int32" if config.task == "classification" else "float32")
+        if config.task == "soft_labels":
+            rows["label_scores"] = ((config.num_answers,), "float32")
+        return rows
+
+    def __call__(
+        self,
+        images: Sequence[ImageInput] | None = None,
+        texts: Sequence[str] | None = None,
+        pairs: Sequence[str] | None = None,
+        *,
+        padding: Literal["longest", "max_length"] = "max_length",
+        rng: np.random.Generator | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Makes a batch for evaluation or inference, or with `rng` one for pretraining.
+
+        Args:
+            images: paths, encoded bytes, PIL images or uint8 arrays.
+            texts, pairs: strings, and second sentences to go with them, cut to `max_length` tokens.
+            padding: rows of `max_length`, so that a compiled model sees one shape, or as long as the longest.
+            rng: draws what is hidden.
+
+        Returns:
+            `image` float32[B, H, W, 3], `tokens` int32[B, L], `mask` bool[B, L], for pairs `token_types` int32[B, L];
+            with `rng` also `codebook_image` float32[B, S, S, 3], `patch_mask` bool[B, P], `masked_tokens` and
+            `token_labels` int32[B, L], as `example` makes them. Without images or texts their keys are absent.
+
+        Raises:
+            UserError: naming the file, or the number of the image or text, that is wrong.
+        """
+        batch: dict[str, np.ndarray] = {}
+        if images is not None:
+            if isinstance(images, (str, bytes, Path, Image.Image)):
+                raise UserError(f"images must be a list, found one {type(images).__name__}")
+            rows = [self._pictures(image, f"image {index}", hide=rng) for index, image in enumerate(images)]
+            size = self.image_settings.output_size or (0, 0)
+            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+            batch = batch or {"image": np.zeros((0, *size, 3), np.float32)}
+        if texts is not None:
+            batch |= self._tokenizer()(texts, max_length=self.max_length, padding=padding, pairs=pairs)
+            if rng is not None and self.config.mlm_probability:
+                words = zip(batch["tokens"], batch["mask"], strict=True)
+                hidden = [self._hidden(*row, rng, whole_words=images is not None) for row in words]
+                batch |= {name: np.stack([row[name] for row in hidden]) for name in (hidden[0] if hidden else ())}
+        return batch
+
+    def example(self, example: Mapping[str, Any], rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
+        """Makes the arrays of one raw example, without batch axis; the loader's transform.
+
+        Args:
+            example: `image` (encoded bytes), `text` (a string, or several of which training draws one and evaluation
+                takes the first), `text_pair` (a second sentence); what is absent or None is left out. `others`: its
+                source (see `vlm.data.others`). By task: `label` (a class number or True and False; for "regression"
+                any number), `answer` (people's answers to a question, or one string).
+            rng: decides on crops, captions and masks.
+            train: whether to draw and hide at all.
+
+        Returns:
+            `image` [H, W, 3], `tokens`, `mask` (and of a pair of sentences `token_types`) of one length, and
+            pretrain: `patch_mask` bool[P] and `codebook_image` [S, S, 3] in [0.1, 0.9] (uint8 without normalisation);
+            `masked_tokens`, `token_labels` int32[L] (−100: not predicted); of image and text `itm_labels` int32[], 0
+            where the caption is another's;
+            classification, regression: `labels` int32[] or float32[];
+            soft_labels: `label_scores` float32[K].
+
+        Raises:
+            UserError: the example lacks everything known, or holds something unusable.
+        """
+        name = f"example {example['key']}" if "key" in example else "example"
+        pretrain, row = train and self.config.task == "pretrain", {}
+        image, text = example.get("image"), example.get("text")
+        if isinstance(image, (str, Path)):  # a record must not choose which file is opened
+            raise UserError(f"{name}: image must be encoded bytes, found a path")
+        if image is not None:
+            row |= self._pictures(image, f"{name}: image", rng if train else None, rng if pretrain else None)
+        if text is not None:
+            text = one_text(text, rng if train else None, f"{name}: text")
+            if pretrain and image is not None and self.config.itm_probability:
+                wrong = rng.random() < self.config.itm_probability
+                row["itm_labels"] = np.asarray(not wrong, np.int32)
+                text = targets.other_caption(example, rng, name) if wrong else text
+            row |= self._sentence(text, example.get("text_pair"), image is None and train, f"{name}: text_pair")
+            if pretrain and self.config.mlm_probability:
+                row |= self._hidden(row["tokens"], row["mask"], rng, whole_words=image is not None)
+        if not row:
+            raise UserError(f"{name}: expected image or text, found {', '.join(example) or 'nothing'}")
+        return row | self._targets(example, name, train)
+
+    def _sentence(self, text: str, pair: Any, alone: bool, name: str) -> dict[str, np.ndarray]:
+        length = self.config.text_length if alone else self.max_length
+        second = None if pair is None else [one_text(pair, None, name)]
+        batch = self._tokenizer()([text], max_length=length, padding="max_length", pairs=second)
+        return {key: value[0] for key, value in batch.items()}
+
+    def _targets(self, example: Mapping[str, Any], name: str, train: bool) -> dict[str, np.ndarray]:
+        task, label, answer = self.config.task, example.get("label"), example.get("answer")
+        if task == "classification" and (train or label is not None):
+            return {"labels": targets.class_label(label, f"{name}: label")}
+        if task == "regression" and (train or label is not None):
+            return {"labels": targets.value_label(label, f"{name}: label")}
+        if task == "soft_labels" and (train or answer is not None):
+            if not self._numbers:
+                raise UserError("this processor has no list of answers (config.processor.answers)")
+            return {"label_scores": targets.answer_scores(answer, self._numbers, f"{name}: answer")}
+        return {}
+
+    def _pictures(
+        self,
+        value: Any,
+        name: str,
+        vary: np.random.Generator | None = None,
+        hide: np.random.Generator | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The picture for the encoder, and with `hide` the codebook's and the hidden patches."""
+        config, picture = self.config, open_image(value, name)
+        normalise = config.normalise or vary is None
+        if vary is not None and config.augment is not None:
+            if config.task != "pretrain":
+                return {"image": augment(picture, self.image_settings, config.augment, vary, normalise=normalise)}
+            # Cropped first: with `box` the filter would look at pixels outside the crop.
+            picture = picture.crop(random_box(picture.width, picture.height, config.augment, vary))
+        row = {"image": process(picture, self.image_settings, normalise=normalise)}
+        if hide is not None and config.codebook_size is not None:
+            pixels = process(picture, config.codebook_image, normalise=normalise)
+            row["codebook_image"] = np.float32(0.8) * pixels + np.float32(0.1) if normalise else pixels
+        if hide is not None and config.mask_patches and config.grid is not None:
+            row["patch_mask"] = block_mask(config.grid, config.mask_patches, hide, config.blocks).reshape(-1)
+        return row
+
+    def _hidden(
+        self, tokens: np.ndarray, mask: np.ndarray, rng: np.random.Generator, *, whole_words: bool
+    ) -> dict[str, np.ndarray]:
+        """Hides tokens of one row: whole words of captions, single pieces of texts alone."""
+        tokenizer = self._tokenizer()
+        if tokenizer.mask_id is None or self._continues is None:
+            raise UserError("masked language modelling needs a tokenizer of WordPieces with a mask token")
+        options: dict[str, Any] = {"mask_id": tokenizer.mask_id, "special_ids": self._special}
+        options |= {"probability": self.config.mlm_probability, "vocab_size": tokenizer.vocab_size}
+        if whole_words:
+            fed, labels = mask_words(tokens, mask, rng, continues=self._continues, **options)
+        else:
+            fed, labels = mask_tokens(tokens, mask, rng, **options)
+        return {"masked_tokens": fed, "token_labels": labels}
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the tokenizer and settings; Hugging Face's FlavaProcessor reads the folder too."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.tokenizer is not None:
+            self.tokenizer.save(directory)
+        settings: dict[str, Any] = {"format_version": 1, **{name: getattr(self.config, name) for name in _STORED}}
+        settings |= {"max_length": self.max_length, "answers": self.answers}
+        config = dataclasses.replace(self.config, image=self.image_settings)
+        for file, content in ((_SETTINGS_FILE, settings), (_IMAGE_FILES[0], write_image_settings(config))):
+            write_atomically(directory / file, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Processor:
+        """Reads a folder written by `save`, or a Hugging Face folder. Augmentation is not stored.
+
+        Raises:
+            UserError: the folder holds neither a tokenizer nor image settings, or a file is wrong.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such folder (expected a processor)")
+        has_tokenizer = any((directory / name).is_file() for name in FILE_NAMES)
+        image_file = next((directory / name for name in _IMAGE_FILES if (directory / name).is_file()), None)
+        if not has_tokenizer and image_file is None:
+            raise UserError(f"{directory}: no processor found; expected {_IMAGE_FILES[0]} and tokenizer files")
+        path = directory / _SETTINGS_FILE
+        settings = read_json_if_present(path)
+        if settings.pop("format_version", 1) != 1:
+            raise UserError(f"{path}: another format version, expected 1")
+        answers = settings.pop("answers", None)
+        if image_file is not None:
+            settings |= read_image_settings(read_json(image_file), str(image_file))
+        try:
+            config = build(ProcessorConfig, settings, "processor")
+        except UserError as error:
+            raise UserError(f"{directory}: {error}") from None
+        return cls(load(directory) if has_tokenizer else None, config, answers)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("this processor has no tokenizer, so it cannot take texts")
+        return self.tokenizer
