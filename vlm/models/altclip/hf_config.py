@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from vlm.convert.hf_json import Json, activation, check_numbers, mapping, merged, override, square
 from vlm.convert.views import TensorView
 from vlm.encoders.bert import BertConfig
 from vlm.encoders.clip_text import ClipTextConfig
@@ -19,7 +20,6 @@ from vlm.errors import UserError
 from vlm.models.altclip.model import AltCLIPConfig
 from vlm.strict import build
 
-Json = Mapping[str, Any]
 Views = Mapping[str, TensorView]
 
 _VISION = {
@@ -77,9 +77,6 @@ _BERT_TEXT = {
 }
 _XLMR_TEXT = _BERT_TEXT | {"pad_token_id": 1}
 _TEXT = {"bert": _BERT_TEXT, "xlm-roberta": _XLMR_TEXT, "roberta": _XLMR_TEXT, "clip_text_model": _CLIP_TEXT}
-_FROM_HF = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu"}
-_FROM_HF |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-TO_HF = {ours: foreign for foreign, ours in _FROM_HF.items()}
 _HEAD_DIM = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, -g and -bigG; every other published CLIP width has heads of 64
 
 
@@ -135,43 +132,20 @@ def _assemble(
         parts["logit_scale_init"] = whole["logit_scale_init_value"]
     for name in ("text_norm", "text_transformation", "text_transformation_pre", "lm_head"):
         parts[name] = any(path.startswith(f"{name}/") for path in views)
-    for name, value in overrides.items():
-        section, _, field = name.rpartition(".")
-        if section and not isinstance(parts.get(section), dict):
-            raise UserError(f"override {name}: this checkpoint has no {section!r} section")
-        (parts[section] if section else parts)[field] = value
+    override(parts, overrides)
     types = {"vision": ViTConfig, "text": BertConfig, "clip_text": ClipTextConfig}
     for name, cls in types.items():
         if parts[name] is not None:
-            _check_numbers(parts[name], f"model.{name}")
+            check_numbers(parts[name], f"model.{name}")
             parts[name] = build(cls, parts[name], f"model.{name}")
     return build(AltCLIPConfig, parts, "model")
 
 
-def _check_numbers(section: Mapping[str, Any], where: str) -> None:
-    """Refuses sizes below one and rates that are no numbers before anything is computed with them."""
-    for name, value in section.items():
-        least = 0 if name.endswith(("_rate", "_eps", "_id")) else 1
-        if type(value) in (int, float) and not least <= value < 2**31:
-            raise UserError(f"config.{where}.{name}: expected a number of at least {least}, found {value}")
-
-
 def _section(config: Json, tower: str, defaults: Json, notes: list[str]) -> dict[str, Any] | None:
     """One tower's settings from a joint or a standalone config.json."""
-    nested, complete = config.get(f"{tower}_config"), config.get(f"{tower}_config_dict")
-    if nested is None and complete is None:
+    if mapping(config, f"{tower}_config") is None and mapping(config, f"{tower}_config_dict") is None:
         return {**defaults, **config} if "hidden_size" in config else None
-    for name, value in ((f"{tower}_config", nested), (f"{tower}_config_dict", complete)):
-        if not isinstance(value, Mapping | None):
-            raise UserError(f"config.json: {name}: expected a mapping, found {type(value).__name__}")
-    section = {**defaults, **(nested or {})}
-    if complete is not None:
-        winning = {**defaults, **{key: complete[key] for key in defaults if key in complete}}
-        changed = [f"{key} {section[key]} -> {winning[key]}" for key in defaults if section[key] != winning[key]]
-        if changed:
-            notes.append(f"{tower}_config_dict overrides {tower}_config: {', '.join(changed)}")
-        section |= winning
-    return section
+    return merged(config, tower, defaults, notes)
 
 
 def _text_section(config: Json | None, views: Views, notes: list[str]) -> dict[str, Any]:
@@ -239,18 +213,14 @@ def _open_clip_text(config: Json, section: dict[str, Any], notes: list[str]) -> 
 
 
 def _vision(section: Json, views: Views) -> dict[str, Any]:
-    for name in ("image_size", "patch_size"):
-        if isinstance(section[name], list) and len(set(section[name])) != 1:
-            raise UserError(f"config.json: vision {name}: expected a square, found {section[name]}")
-    sides = ("image_size", "patch_size")
-    side = {name: section[name][0] if isinstance(section[name], list) else section[name] for name in sides}
+    side = {name: square(section[name], name) for name in ("image_size", "patch_size")}
     return {
         "hidden_size": section["hidden_size"],
         "num_layers": section["num_hidden_layers"],
         "num_heads": section["num_attention_heads"],
         "mlp_dim": section["intermediate_size"],
         **side,
-        "activation": _activation(section["hidden_act"]),
+        "activation": activation(section["hidden_act"]),
         "norm_eps": section["layer_norm_eps"],
         "patch_bias": "vision/patch_embedding/bias" in views,
         "attention_dropout_rate": section["attention_dropout"],
@@ -268,7 +238,7 @@ def _bert(section: Json, views: Views) -> dict[str, Any]:
         "type_vocab_size": section["type_vocab_size"],
         "pad_id": section["pad_token_id"],
         "positions": "absolute" if section["model_type"] == "bert" else "roberta",
-        "activation": _activation(section["hidden_act"]),
+        "activation": activation(section["hidden_act"]),
         "norm_eps": section["layer_norm_eps"],
         "pooler": "text/pooler/kernel" in views,
         "dropout_rate": section["hidden_dropout_prob"],
@@ -285,14 +255,8 @@ def _clip_text(section: Json) -> dict[str, Any]:
         "num_heads": section["num_attention_heads"],
         "mlp_dim": section["intermediate_size"],
         "max_length": section["max_position_embeddings"],
-        "activation": _activation(section["hidden_act"]),
+        "activation": activation(section["hidden_act"]),
         "norm_eps": section["layer_norm_eps"],
         # Files from before 2023 say 2 and mean the highest id, which is the end-of-text token.
         "eos_id": vocab - 1 if eos == 2 or not isinstance(eos, int) or eos >= vocab else eos,
     }
-
-
-def _activation(name: Any) -> str:
-    if not isinstance(name, str) or name not in _FROM_HF:
-        raise UserError(f"config.json: hidden_act: expected one of {', '.join(_FROM_HF)}, found {name!r}")
-    return _FROM_HF[name]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlm.convert.hf_json import TO_HF
 from vlm.errors import UserError
-from vlm.models.altclip.hf_config import TO_HF
 from vlm.models.altclip.model import AltCLIPConfig
 
 

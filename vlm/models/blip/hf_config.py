@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from vlm.convert.hf_json import Json, activation, check_numbers, mapping, override, square
 from vlm.convert.views import TensorView
 from vlm.encoders.vit import ViTConfig
 from vlm.errors import UserError
@@ -18,7 +19,6 @@ from vlm.fusion.med import MedConfig
 from vlm.models.blip.config import BLIPConfig
 from vlm.strict import build
 
-Json = Mapping[str, Any]
 Views = Mapping[str, TensorView]
 
 VISION = {
@@ -45,9 +45,6 @@ TEXT = {
     "pad_token_id": 0,
     "sep_token_id": 102,
 }
-_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu"}
-_ACTIVATIONS |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-TO_HF = {ours: foreign for foreign, ours in _ACTIVATIONS.items()}
 HEAD_DIM = 64
 _WIDTH, _WRONG_HEADS = 768, 8
 
@@ -87,14 +84,10 @@ def architecture(
     parts |= _parts(views, config, hf)
     for key, field in (("bos_token_id", "bos_id"), ("sep_token_id", "sep_id"), ("pad_token_id", "pad_id")):
         parts[field] = TEXT[key] if text.get(key) is None else text[key]
-    for name, value in overrides.items():
-        section, _, field = name.rpartition(".")
-        if section and not isinstance(parts.get(section), dict):
-            raise UserError(f"override {name}: this checkpoint has no {section!r} section")
-        (parts[section] if section else parts)[field] = value
+    override(parts, overrides)
     for name, kind in (("vision", ViTConfig), ("text", MedConfig), ("decoder", MedConfig)):
         if parts[name] is not None:
-            _check_numbers(parts[name], f"model.{name}")
+            check_numbers(parts[name], f"model.{name}")
             parts[name] = build(kind, parts[name], f"model.{name}")
     return build(BLIPConfig, parts, "model")
 
@@ -126,10 +119,7 @@ def _parts(views: Views, config: Json, hf: bool) -> dict[str, Any]:
 
 def _section(config: Json, tower: str) -> dict[str, Any]:
     """One tower's settings; {} where the file does not say."""
-    nested = config.get(f"{tower}_config")
-    if not isinstance(nested, Mapping | None):
-        raise UserError(f"config.json: {tower}_config: expected a mapping, found {type(nested).__name__}")
-    return dict(nested or {})
+    return dict(mapping(config, f"{tower}_config") or {})
 
 
 def _vision(section: Json, views: Views, notes: list[str], hf: bool, overrides: Json) -> dict[str, Any]:
@@ -146,9 +136,9 @@ def _vision(section: Json, views: Views, notes: list[str], hf: bool, overrides: 
         "num_layers": section["num_hidden_layers"],
         "num_heads": heads,
         "mlp_dim": section["intermediate_size"],
-        "image_size": _square(section["image_size"], "image_size"),
-        "patch_size": _square(section["patch_size"], "patch_size"),
-        "activation": _activation(section["hidden_act"]),
+        "image_size": square(section["image_size"], "image_size"),
+        "patch_size": square(section["patch_size"], "patch_size"),
+        "activation": activation(section["hidden_act"]),
         "norm_eps": section["layer_norm_eps"],
         "patch_bias": "vision/patch_embedding/bias" in views,
         "input_norm": False,
@@ -181,7 +171,7 @@ def _stack(section: Json, name: str, views: Views, notes: list[str], hf: bool, o
         "max_length": section["max_position_embeddings"],
         "context_size": context,
         "pad_id": 0 if section["pad_token_id"] is None else section["pad_token_id"],
-        "activation": _activation(section["hidden_act"]),
+        "activation": activation(section["hidden_act"]),
         "norm_eps": section["layer_norm_eps"],
         "dropout_rate": section["hidden_dropout_prob"],
         "attention_dropout_rate": section["attention_probs_dropout_prob"],
@@ -210,23 +200,3 @@ def _heads(section: Json, width: int, name: str, notes: list[str], overrides: Js
             f"model, so {heads}, are used (--override={key}=N for another number)"
         )
     return heads
-
-
-def _square(value: Any, name: str) -> Any:
-    if isinstance(value, list) and len(set(value)) != 1:
-        raise UserError(f"config.json: vision {name}: expected a square, found {value}")
-    return value[0] if isinstance(value, list) else value
-
-
-def _check_numbers(section: Mapping[str, Any], where: str) -> None:
-    """Refuses sizes below one and rates that are no numbers before anything is computed with them."""
-    for name, value in section.items():
-        least = 0 if name.endswith(("_rate", "_eps", "_id")) else 1
-        if type(value) in (int, float) and not least <= value < 2**31:
-            raise UserError(f"config.{where}.{name}: expected a number of at least {least}, found {value}")
-
-
-def _activation(name: Any) -> str:
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise UserError(f"config.json: hidden_act: expected one of {', '.join(_ACTIVATIONS)}, found {name!r}")
-    return _ACTIVATIONS[name]

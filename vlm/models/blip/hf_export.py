@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from vlm.convert.hf_json import TO_HF
 from vlm.errors import UserError
 from vlm.models.blip.config import BLIPConfig
-from vlm.models.blip.hf_config import TO_HF
 
 
 def hf_class(config: BLIPConfig) -> str:
