@@ -1,0 +1,320 @@
+"""FLAVA's losses and their gradients against Hugging Face, alone, in groups, and on eight devices."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlm import sharding
+from vlm.errors import UserError
+from vlm.flops import count_flops
+from vlm.models.flava.config import ClassifierConfig
+from vlm.models.flava.loss import LossConfig, init_extra, loss
+from vlm.models.flava.model import FLAVA
+from vlm.models.flava.pretrain import masked_positions
+from vlm.schema import MeshConfig, ShardingConfig
+from vlm.tree import flatten
+
+from .conftest import our_tree
+
+RNG = np.random.default_rng(1)
+ROWS, LENGTH, PATCHES = 8, 7, 16
+
+
+def _batch():
+    lengths = RNG.integers(3, LENGTH + 1, ROWS)
+    mask = np.arange(LENGTH)[None] < lengths[:, None]
+    tokens = np.where(mask, RNG.integers(5, 50, (ROWS, LENGTH)), 0).astype(np.int32)
+    chosen = mask & (RNG.random(mask.shape) < 0.4)
+    chosen[2] = False  # a text of which nothing is hidden
+    patch_mask = RNG.random((ROWS, PATCHES)) < 0.4
+    return {
+        "image": RNG.normal(size=(ROWS, 32, 32, 3)).astype(np.float32),
+        "tokens": tokens,
+        "mask": mask,
+        "token_types": (np.arange(LENGTH)[None] > lengths[:, None] // 2).astype(np.int32) * mask,
+        "masked_tokens": np.where(chosen, 4, tokens).astype(np.int32),
+        "token_labels": np.where(chosen, tokens, -100).astype(np.int32),
+        "patch_mask": patch_mask,
+        "patch_labels": RNG.integers(0, 40, (ROWS, PATCHES)).astype(np.int32),
+    }
+
+
+BATCH = _batch()
+CODEBOOK_IMAGE = RNG.uniform(0.1, 0.9, (ROWS, 32, 32, 3)).astype(np.float32)
+IMAGE_KEYS = ("image", "patch_mask", "patch_labels")
+TEXT_KEYS = ("tokens", "mask", "token_types", "masked_tokens", "token_labels")
+ITM = {"mixed": [1, 0, 1, 1, 0, 1, 0, 1], "none": [0] * 8, "all": [1] * 8, "two groups": [0, 0, 0, 0, 1, 1, 0, 1]}
+TERMS = {"mim": "mim", "mlm": "mlm", "itm": "itm", "contrastive": "global_contrastive"}
+TERMS |= {"mmm_image": "mmm_image", "mmm_text": "mmm_text"}
+
+
+def _inputs(kind, itm=None, rows=slice(None)):
+    keys = {"images": IMAGE_KEYS, "texts": TEXT_KEYS, "pairs": IMAGE_KEYS + TEXT_KEYS}[kind]
+    batch = {key: BATCH[key][rows] for key in keys}
+    return batch if itm is None else batch | {"itm_labels": np.array(ITM[itm], np.int32)[rows]}
+
+
+def _theirs(reference, batch, **weights):
+    """Hugging Face's losses and gradients in training mode."""
+    names = {"image": "pixel_values", "tokens": "input_ids", "mask": "attention_mask", "patch_mask": "bool_masked_pos"}
+    names |= {"token_types": "token_type_ids", "masked_tokens": "input_ids_masked", "token_labels": "mlm_labels"}
+    names |= {"codebook_image": "codebook_pixel_values", "patch_labels": "mim_labels", "itm_labels": "itm_labels"}
+    inputs = {}
+    for key, value in batch.items():
+        value = value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
+        integer = value.dtype != np.float32 and key != "patch_mask"
+        inputs[names[key]] = torch.tensor(value, dtype=torch.long if integer else None)
+    for name in TERMS.values():
+        setattr(reference, f"{name}_weight", weights.get(name, 1.0))
+    reference.train()
+    reference.zero_grad(set_to_none=True)
+    output = reference(**inputs, return_loss=True)
+    output.loss.backward()
+    reference.eval()
+    named = reference.named_parameters()  # of a bias with two names the first
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
+    terms = {ours: getattr(output.loss_info, theirs) for ours, theirs in TERMS.items()}
+    terms = {name: float(value.detach()) for name, value in terms.items() if value is not None}
+    return float(output.loss.detach()), terms, flatten(our_tree(gradients))
+
+
+@functools.cache
+def _compiled(model, config):
+    def objective(params, batch):
+        return loss(model, params, {}, batch, jax.random.key(0), config)
+
+    return jax.jit(jax.value_and_grad(objective, has_aux=True))
+
+
+def _ours(pair, batch, **settings):
+    _, model, params = pair
+    step = _compiled(model, LossConfig(**settings))
+    (value, (terms, _)), gradients = step(jax.tree.map(jnp.asarray, params), batch)
+    return float(value), {name: float(term) for name, term in terms.items()}, flatten(gradients)
+
+
+def _equal(ours, theirs):
+    value, terms, gradients = ours
+    np.testing.assert_allclose(value, theirs[0], rtol=2e-5)
+    for name, term in theirs[1].items():
+        np.testing.assert_allclose(terms[name], term, rtol=2e-5, err_msg=name)
+    assert {name for name in TERMS if name in terms} == set(theirs[1])
+    assert gradients.keys() == theirs[2].keys()
+    for path, gradient in theirs[2].items():
+        scale = max(np.abs(gradient).max(), 1e-3)
+        np.testing.assert_allclose(gradients[path], gradient, atol=1e-4 * scale, err_msg=path)
+
+
+CASES = [("images", None), ("texts", None), ("pairs", None), ("pairs", "mixed"), ("pairs", "none"), ("pairs", "all")]
+
+
+@pytest.mark.parametrize(("kind", "itm"), CASES)
+def test_losses_and_gradients_equal_hugging_face(pair, kind, itm):
+    batch = _inputs(kind, itm)
+    expected = _theirs(pair[0], batch)
+    assert len(expected[1]) == {"images": 1, "texts": 1, "pairs": 3 + (itm is not None)}[kind]
+    _equal(_ours(pair, batch), expected)
+
+
+def test_weights_and_positions_gathered_or_not(pair):
+    """Any weights, with the heads on all positions or just enough; a head on too few of them says what it drops."""
+    weights = {"mmm_image": 0.5, "mmm_text": 2.0, "itm": 0.25, "contrastive": 3.0}
+    batch = _inputs("pairs", "mixed")
+    expected = _theirs(pair[0], batch, **{TERMS[name]: weight for name, weight in weights.items()})
+    most = int((BATCH["token_labels"] >= 0).sum(1).max()), int(BATCH["patch_mask"].sum(1).max())
+    value, terms, gradients = _ours(pair, batch, **weights, max_masked_tokens=most[0], max_masked_patches=most[1])
+    np.testing.assert_allclose(value, expected[0], rtol=2e-5)
+    assert terms["mmm_text_dropped"] == terms["mmm_image_dropped"] == 0
+    for path, gradient in expected[2].items():
+        scale = max(np.abs(gradient).max(), 1e-3)
+        np.testing.assert_allclose(gradients[path], gradient, atol=1e-4 * scale, err_msg=path)
+    dropped = _ours(pair, _inputs("texts"), max_masked_tokens=most[0] - 1)[1]["mlm_dropped"]
+    counts = (BATCH["token_labels"] >= 0).sum(1)
+    np.testing.assert_allclose(dropped, (counts == most[0]).sum() / counts.sum(), rtol=1e-6)
+
+
+def test_groups_are_averaged_like_devices_of_the_released_code(pair):
+    """Each group's loss is Hugging Face's of those rows alone, but for the contrastive candidates, which are all."""
+    halves = [_theirs(pair[0], _inputs("pairs", "two groups", rows)) for rows in (slice(0, 4), slice(4, 8))]
+    found = _ours(pair, _inputs("pairs", "two groups"), group_size=4)
+    for name in ("mmm_image", "mmm_text", "itm"):
+        np.testing.assert_allclose(found[1][name], np.mean([half[1][name] for half in halves]), rtol=2e-5)
+    reference, model, params = pair
+    with torch.no_grad():
+        logits = np.asarray(
+            model.apply({"params": params}, BATCH["image"], BATCH["tokens"], BATCH["mask"],
+                        token_types=BATCH["token_types"]).contrastive_logits_per_image, np.float64
+        )  # fmt: skip
+    rows = np.log(np.exp(logits).sum(1)) - np.diag(logits)
+    columns = np.log(np.exp(logits).sum(0)) - np.diag(logits)
+    per_pair = (rows + columns) / 2
+    expected = (per_pair[:4].mean() + per_pair[[4, 5, 7]].mean()) / 2  # no positive in the first group: all count
+    np.testing.assert_allclose(found[1]["contrastive"], expected, rtol=2e-5)
+
+
+def test_without_matching_pairs_are_filtered_all_the_same(pair):
+    """Hugging Face lets replaced captions into the other losses when itm_weight is 0; that is a setting here."""
+    batch = _inputs("pairs", "mixed")
+    theirs = _theirs(pair[0], batch, itm=0.0)
+    _equal(_ours(pair, batch, itm=0.0, unfiltered_without_itm=True), theirs)
+    filtered = _ours(pair, batch, itm=0.0)[1]
+    expected = _theirs(pair[0], batch)[1]
+    for name in ("mmm_image", "mmm_text", "contrastive"):
+        np.testing.assert_allclose(filtered[name], expected[name], rtol=2e-5)
+        assert abs(filtered[name] - theirs[1][name]) > 1e-4
+
+
+def test_the_codebook_labels_live_or_before(pair):
+    """The loss with the codebook's picture is Hugging Face's, and that with the labels it gives."""
+    _, model, params = pair
+    batch = _inputs("images")
+    batch.pop("patch_labels")
+    live = _ours(pair, batch | {"codebook_image": CODEBOOK_IMAGE})
+    _equal(live, _theirs(pair[0], batch | {"codebook_image": CODEBOOK_IMAGE}))
+    find = jax.jit(lambda params, image: model.apply({"params": params}, image, method=model.codebook_labels))
+    cached = _ours(pair, batch | {"patch_labels": np.asarray(find(params, CODEBOOK_IMAGE))})
+    assert live[0] == cached[0]
+    pixels = np.round((CODEBOOK_IMAGE - 0.1) / 0.8 * 255)
+    exact, bytes_ = (pixels / 255 * 0.8 + 0.1).astype(np.float32), pixels.astype(np.uint8)
+    values = [_ours(pair, batch | {"codebook_image": image})[0] for image in (exact, bytes_)]
+    np.testing.assert_allclose(*values, rtol=1e-6)
+
+
+def test_nothing_hidden_costs_nothing(pair):
+    """Where Hugging Face divides 0 by 0."""
+    batch = _inputs("texts") | {"token_labels": np.full((ROWS, LENGTH), -100, np.int32)}
+    value, _, gradients = _ours(pair, batch)
+    assert value == 0 and all(not np.any(gradient) for gradient in gradients.values())
+    batch = _inputs("pairs") | {"patch_mask": np.zeros((ROWS, PATCHES), bool)}
+    value, terms, _ = _ours(pair, batch)
+    assert terms["mmm_image"] == 0 and np.isfinite(value)
+
+
+@pytest.mark.parametrize(("kind", "candidates"), [("images", True), ("texts", True), ("pairs", True), ("pairs", False)])
+def test_eight_devices_equal_one(pair, kind, candidates):
+    batch = _inputs(kind, "mixed" if kind == "pairs" else None)
+    one = _ours(pair, batch, candidate_gradients=candidates)
+    settings = ShardingConfig(mesh=MeshConfig(4, 2, 1))
+    mesh = sharding.make_mesh(settings.mesh)
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    with sharding.use(mesh, settings.rules):
+        placed = {name: jax.device_put(value, split) for name, value in batch.items()}
+        eight = _ours(pair, placed, candidate_gradients=candidates)
+    np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
+    for path, gradient in one[2].items():
+        scale = max(np.abs(gradient).max(), 1e-3)  # that of a key's bias is 0 but for rounding
+        np.testing.assert_allclose(eight[2][path], gradient, atol=2e-5 * scale, err_msg=path)
+
+
+def test_candidate_gradients(pair):
+    """Without them an embedding learns from its own row: equal to stopping the gradient of what others compare with."""
+    _, model, params = pair
+    batch = _inputs("pairs", "mixed")
+    batch = {name: batch[name] for name in ("image", "tokens", "mask", "itm_labels")}
+    off = {"mmm_image": 0.0, "mmm_text": 0.0, "itm": 0.0}
+    found = _ours(pair, batch, **off, candidate_gradients=False)[2]
+    positive = batch["itm_labels"] != 0
+
+    def plain(params):
+        image = model.apply({"params": params}, batch["image"], method=model.encode_image)
+        text = model.apply({"params": params}, batch["tokens"], batch["mask"], method=model.encode_text)
+        image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
+        scale, total = jnp.exp(params["logit_scale"]), 0.0
+        for queries, candidates in ((image, text), (text, image)):
+            logits = scale * queries @ jax.lax.stop_gradient(candidates).T
+            total += ((jax.nn.logsumexp(logits, 1) - jnp.diag(logits)) * positive).sum() / positive.sum() / 2
+        return total
+
+    expected = flatten(jax.jit(jax.grad(plain))(jax.tree.map(jnp.asarray, params)))
+    for path, gradient in expected.items():
+        scale = max(np.abs(gradient).max(), 1e-4)
+        np.testing.assert_allclose(found[path], gradient, atol=1e-4 * scale, err_msg=path)
+
+
+def test_masked_positions():
+    index, real = masked_positions(np.array([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]], bool), 3)
+    np.testing.assert_array_equal(real, [[1, 1, 0], [0, 0, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(index[0, :2], [1, 3])
+    np.testing.assert_array_equal(index[2], [0, 1, 2])
+
+
+def test_heads_run_on_masked_positions_only(pair):
+    """The step's products, forward and backward, are fewer by exactly those of the head at the other positions."""
+    _, model, params = pair
+    cost = {}
+    for count in (None, 2):
+        step = _compiled(model, LossConfig(max_masked_tokens=count))
+        cost[count] = count_flops(step.trace(params, _inputs("texts")).jaxpr)
+    head = 2 * 24 * (24 + 50)  # per position
+    assert cost[None] - cost[2] == 3 * ROWS * (LENGTH - 2) * head
+
+
+@pytest.mark.parametrize(("objective", "labels"), [("classification", 3), ("regression", 1), ("soft_labels", 4)])
+def test_fine_tuning(pair, objective, labels):
+    _, model, params = pair
+    model = FLAVA(dataclasses.replace(model.config, classifier=ClassifierConfig(labels, dropout_rate=0.0)))
+    head = {"dense": (24, 768), "out": (768, labels)}
+    own = {k: {"kernel": RNG.normal(size=s) * 0.1, "bias": RNG.normal(size=s[1])} for k, s in head.items()}
+    params = {**params, "classifier": own}
+    batch = {name: BATCH[name] for name in ("image", "tokens", "mask")}
+    scores = np.asarray(model.apply({"params": params}, **batch, method=model.classify), np.float64)
+    config = LossConfig(objective=objective)
+    if objective == "classification":
+        batch["labels"] = np.array([0, 1, 2, -1, 0, 1, 2, 0], np.int32)
+        logs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        kept = batch["labels"] >= 0
+        expected = -logs[kept, batch["labels"][kept]].mean()
+    elif objective == "regression":
+        batch["labels"] = RNG.normal(size=ROWS).astype(np.float32)
+        expected = np.mean((scores[:, 0] - batch["labels"]) ** 2)
+    else:
+        batch["label_scores"] = RNG.random((ROWS, labels)).astype(np.float32)
+        share = 1 / (1 + np.exp(-scores))
+        terms = batch["label_scores"] * np.log(share) + (1 - batch["label_scores"]) * np.log(1 - share)
+        expected = -terms.sum(-1).mean()
+    value, (_, extra) = loss(model, params, {}, batch, jax.random.key(0), config)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert extra == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (("patch_mask",), {}, r"needs patch_mask \(config.processor.mask_patches\)"),
+        (("patch_labels",), {}, "needs codebook_image or patch_labels"),
+        (("masked_tokens",), {}, r"needs masked_tokens \(config.processor.mlm_probability\)"),
+        (IMAGE_KEYS + TEXT_KEYS, {}, "needs image or tokens"),
+        ((), {"group_size": 3}, "group_size: expected a divisor of the batch of 8, found 3"),
+    ],
+)
+def test_incomplete_batches_are_refused(pair, change, settings, message):
+    batch = {name: value for name, value in _inputs("pairs", "mixed").items() if name not in change}
+    with pytest.raises(UserError, match=message):
+        loss(pair[1], pair[2], {}, batch, jax.random.key(0), LossConfig(**settings))
+
+
+def test_models_without_the_objective_s_parts_are_refused(pair):
+    model = FLAVA(dataclasses.replace(pair[1].config, heads=False))
+    with pytest.raises(UserError, match="needs config.model.heads=True"):
+        init_extra(model, {}, None, LossConfig())
+    with pytest.raises(UserError, match="needs config.model.classifier"):
+        init_extra(pair[1], {}, None, LossConfig(objective="classification"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"mmm_image": 0.0, "mmm_text": 0.0, "itm": 0.0}])
+def test_locked_is_exactly_what_gets_no_gradient(pair, settings):
+    """Over batches of all three kinds."""
+    total = {}
+    for kind, itm in (("images", None), ("texts", None), ("pairs", "mixed")):
+        for path, gradient in _ours(pair, _inputs(kind, itm), **settings)[2].items():
+            total[path] = total.get(path, 0) + np.abs(gradient).max()
+    locked = LossConfig(**settings).locked
+    for path, size in total.items():
+        assert (size == 0) == bool(re.fullmatch(locked, path)), path
