@@ -23,7 +23,7 @@ from vlm.data.batch import LoaderSettings
 from vlm.data.loader import Loader, Transform
 from vlm.data.others import WithOthers
 from vlm.data.source import Source, open_sources
-from vlm.data.teacher_cache import TeacherCache, WithTarget
+from vlm.data.teacher_cache import TeacherCache, WithPatchLabels, WithTarget
 from vlm.errors import UserError
 from vlm.family import Family
 from vlm.layers.pixels import normalise_pixels
@@ -128,15 +128,14 @@ def make_loader(settings: Config, processor: Any, split: NamedSharding, ledger: 
 
 def open_data(
     settings: Config, processor: Any, specs: Sequence[Mapping[str, Any]]
-) -> tuple[list[Source], list[float], Transform]:
+) -> tuple[Sequence[Source], list[float], Transform]:
     """Opens sources; returns them with their weights, and what makes rows of their examples.
 
     Raises:
       UserError: data that cannot be opened.
     """
-    sources, weights = open_sources(specs)
-    if getattr(processor, "reads_others", False):
-        sources = [WithOthers(source) for source in sources]
+    opened, weights = open_sources(specs)
+    sources = [WithOthers(source) for source in opened] if getattr(processor, "reads_others", False) else opened
     transform = processor.example
     if settings.data.teacher_cache is not None:
         cache = TeacherCache(settings.data.teacher_cache)
@@ -146,7 +145,19 @@ def open_data(
                 f"{cache.path}: embeddings of {cache.teacher.split(':')[0]!r}, config.loss.target is {target!r}"
             )
         transform = WithTarget(transform, cache)
+    if settings.data.codebook_cache is not None:
+        transform = WithPatchLabels(transform, _codebook_cache(settings.data.codebook_cache, processor))
     return sources, weights, transform
+
+
+def _codebook_cache(path: str, processor: Any) -> TeacherCache:
+    cache, kind = TeacherCache(path), "visual words"
+    if cache.teacher.split(":")[0] != "codebook":
+        raise UserError(f"{path}: expected {kind}, found embeddings of {cache.teacher.split(':')[0]!r}")
+    if not hasattr(processor, "check_patch_labels"):
+        raise UserError(f"config.data.codebook_cache: this family's pictures have no {kind}")
+    processor.check_patch_labels(cache.dim)
+    return cache
 
 
 class Steps:

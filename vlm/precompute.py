@@ -1,18 +1,26 @@
-"""Computes the embeddings of stage 1's teacher once, for all English sentences of the configured parallel text.
+"""Computes once what a frozen model says of the training data, so that training runs without it.
 
     python -m vlm.precompute --config=configs/altclip.py:altclip_teacher --output=data/teacher_cache
 
-Training then joins them to its examples by sentence (`config.data.teacher_cache`, the `_teacher_cached` variants): no
-teacher in memory, and one row serves every language. The loss is the live teacher's, up to the rows' dtype.
+AltCLIP: the embeddings that stage 1's teacher has of all English sentences of the configured parallel text. Training
+joins them to its examples by sentence (`config.data.teacher_cache`, the `_teacher_cached` variants): no teacher in
+memory, and one row serves every language. The loss is the live teacher's, up to the rows' dtype.
+
+    python -m vlm.precompute --config=configs/flava.py:full --config.processor.augment=None --output=data/visual_words
+
+FLAVA: the visual words of all configured pictures, found by their bytes (`config.data.codebook_cache`). They are those
+of whole pictures: training then crops nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -27,8 +35,10 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_line(__doc__ or "")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to make")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the rows")
-    parser.add_argument("--batch_size", type=int, default=1024, help="sentences at a time, over all devices")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of embeddings")
+    parser.add_argument(
+        "--batch_size", type=int, default=1024, help="sentences or pictures at a time, over all devices"
+    )
     return parser
 
 
@@ -42,8 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--batch_size: expected at least 1, found {options.batch_size}")
         if os.path.lexists(options.output):
             raise UserError(f"--output: {options.output} exists already")
-        count = precompute(build(Config, config, ""), options.output, options.dtype, options.batch_size)
-        print(f"{count} sentences in {options.output}; train with --config.data.teacher_cache={options.output}")
+        settings, output = build(Config, config, ""), options.output
+        if settings.family == "flava":
+            count = precompute_words(settings, output, options.batch_size)
+            found, others = f"visual words of {count} pictures", " --config.processor.codebook_size=None"
+            print(f"{found} in {output}; train with --config.data.codebook_cache={output}{others}")
+        else:
+            count = precompute(settings, output, options.dtype, options.batch_size)
+            print(f"{count} sentences in {output}; train with --config.data.teacher_cache={output}")
     return 0
 
 
@@ -79,6 +95,95 @@ def precompute(settings: Config, output: str, dtype: str, batch_size: int) -> in
         embed = jax.jit(functools.partial(teacher_targets, loss), in_shardings=(None, split))
         batches = _embeddings(sources, processor, embed, teacher, batch_size)
         return write_cache(output, batches, teacher=_fingerprint(loss, teacher), dtype=dtype)
+
+
+def precompute_words(settings: Config, output: str, batch_size: int) -> int:
+    """Writes the visual words of all pictures; returns their number.
+
+    Raises:
+      UserError: the model has no codebook or no checkpoint gives it, pictures are cropped at random, or there are none.
+    """
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from vlm import sharding
+    from vlm.data.source import open_sources
+    from vlm.data.teacher_cache import write_cache
+    from vlm.experiment import experiment, make_processor
+
+    parts = experiment(settings)
+    if parts.model_config.codebook is None:
+        raise UserError("config.model.codebook: expected the codebook, found None")
+    if settings.processor.get("augment") is not None:
+        raise UserError("config.processor.augment: expected None, found random crops, whose words would be others")
+    processor = make_processor(settings, parts.family)
+    sources, _ = open_sources(settings.data.sources)
+    mesh = sharding.make_mesh(settings.sharding.mesh)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    with sharding.use(mesh, settings.sharding.rules):
+        codebook = _codebook(settings, parts, mesh)
+        split = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
+
+        def words(codebook: Any, image: Any) -> Any:
+            return parts.model.apply({"params": {"codebook": codebook}}, image, method=parts.model.codebook_labels)
+
+        labels = jax.jit(words, in_shardings=(None, split))
+        fingerprint = f"codebook:{_digest(parts.model_config.codebook, codebook)}"
+        batches = _words(sources, processor, labels, codebook, batch_size)
+        return write_cache(output, batches, teacher=fingerprint, dtype="uint16")
+
+
+def _codebook(settings: Config, parts: Any, mesh: Any) -> Any:
+    """The codebook's weights, from the entries of `config.init` that give them."""
+    from vlm import sharding
+    from vlm.initial import starting_weights, still_random
+    from vlm.training import put_weight
+    from vlm.tree import flatten, unflatten
+
+    abstract = {"codebook": parts.init.abstract().params["codebook"]}
+    params = sharding.place({"params": abstract}, settings.sharding.rules, mesh.shape)["params"]
+    placements = SimpleNamespace(params=params, extra={})
+    paths = flatten(params).keys()
+    entries = [
+        dataclasses.replace(entry, include=f"(?=codebook/)(?:{entry.include})")  # the other weights have no place here
+        for entry in settings.init
+        if entry.into == "params" and any(re.fullmatch(entry.include, path) for path in paths)
+    ]
+    start = starting_weights(entries, placements, mesh)
+    if missing := still_random(start, placements):
+        raise UserError(f"config.init: no checkpoint gives the codebook's weights {missing}")
+    targets = flatten({"params": params})
+    return unflatten({path: put_weight(path, leaf, targets, mesh) for path, leaf in start.items()})["params"][
+        "codebook"
+    ]
+
+
+def _words(
+    sources: Sequence[Any], processor: Any, labels: Any, codebook: Any, batch_size: int
+) -> Iterator[tuple[list[bytes], Any]]:
+    """Distinct pictures of all sources, in order, and their visual words; a picture that is damaged is left out."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from vlm.data.teacher_cache import image_key
+
+    def pictures() -> Iterator[tuple[bytes, Any]]:
+        seen: set[bytes] = set()
+        for source in sources:
+            for index in tqdm(range(len(source)), desc=source.name, unit="picture", disable=not sys.stderr.isatty()):
+                try:
+                    image = source[index].get("image")
+                    if image is not None and (key := image_key(image)) not in seen:
+                        seen.add(key)
+                        yield image, processor.codebook_image(image)
+                except UserError as error:  # training replaces such an example too
+                    print(f"left out: {source.name}, record {index}: {error}", file=sys.stderr)
+
+    stream = pictures()
+    while chunk := list(itertools.islice(stream, batch_size)):
+        pixels = [pixels for _, pixels in chunk]
+        batch = np.stack(pixels + pixels[-1:] * (batch_size - len(chunk)))  # one shape, one compilation
+        yield [image for image, _ in chunk], np.asarray(labels(codebook, batch))[: len(chunk)]
 
 
 def _teacher(settings: Config, parts: Any, mesh: Any) -> Any:
@@ -132,15 +237,19 @@ def _embeddings(
 
 def _fingerprint(loss: Any, teacher: Any) -> str:
     """The target that is taken from the teacher, and the SHA-256 of its weights."""
+    return f"{loss.target}:{_digest(loss.teacher, teacher)}"
+
+
+def _digest(architecture: Any, weights: Any) -> str:
     import numpy as np
 
     from vlm.tree import flatten
 
-    digest = hashlib.sha256(repr(loss.teacher).encode())
-    for path, leaf in sorted(flatten(teacher).items()):
+    digest = hashlib.sha256(repr(architecture).encode())
+    for path, leaf in sorted(flatten(weights).items()):
         digest.update(path.encode())
         digest.update(np.asarray(leaf).tobytes())
-    return f"{loss.target}:{digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ class DataConfig:
       prefetch: batches prepared ahead.
       teacher_cache: folder of precomputed teacher embeddings (`python -m vlm.precompute`), joined to every example by
         its `source_text` as `target`.
+      codebook_cache: folder of precomputed visual words (`python -m vlm.precompute`), joined to every picture by its
+        bytes as `patch_labels`.
       max_skip_fraction: the run stops when more than this share of the records had to be replaced.
     """
 
@@ -90,6 +92,7 @@ class DataConfig:
     num_workers: int = 2
     prefetch: int = 2
     teacher_cache: str | None = None
+    codebook_cache: str | None = None
     max_skip_fraction: float = 0.001
 
     def __post_init__(self) -> None:

@@ -1,8 +1,9 @@
-"""Teacher embeddings computed once and kept on disk, for teacher learning (stage 1 of AltCLIP).
+"""What a frozen model says, computed once and kept on disk: teacher embeddings (AltCLIP), visual words (FLAVA).
 
-A cache is a folder: `embeddings-00000.npy`, ... (rows of float16, bfloat16 kept as its bits, or float32), `keys.npy`
-(128-bit hashes of the sentences, sorted), `rows.npy` (row of each key) and `manifest.json`, written last. Rows are
-found by the English sentence, so that one cache serves every language of a parallel corpus.
+A cache is a folder: `embeddings-00000.npy`, ... (rows of float16, bfloat16 kept as its bits, float32, or uint16 for
+visual words), `keys.npy` (128-bit hashes of the sentences or of the encoded pictures, sorted), `rows.npy` (row of each
+key) and `manifest.json`, written last. Embeddings are found by the English sentence, so that one cache serves every
+language of a parallel corpus.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Num
 
 from vlm.data.ledger import FatalDataError
 from vlm.errors import UserError, did_you_mean
 
-_DTYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+_DTYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "uint16": np.uint16}
 _FORMAT = 1
 
 
@@ -37,21 +38,34 @@ def sentence_key(sentence: str) -> bytes:
     return hashlib.blake2b(normalise(sentence).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
+def image_key(image: bytes) -> bytes:
+    """Returns the 16-byte BLAKE2b hash of an encoded picture."""
+    return hashlib.blake2b(image, digest_size=16).digest()
+
+
+def _key(item: str | bytes) -> bytes:
+    return image_key(item) if isinstance(item, bytes) else sentence_key(item)
+
+
+def _shown(item: str | bytes) -> str:
+    return f"picture of {len(item):,} bytes" if isinstance(item, bytes) else f"{normalise(item)!r:.200}"
+
+
 def write_cache(
     path: str | os.PathLike,
-    batches: Iterable[tuple[Sequence[str], Float[np.ndarray, "b dim"]]],
+    batches: Iterable[tuple[Sequence[str] | Sequence[bytes], Num[np.ndarray, "b dim"]]],
     *,
     teacher: str,
     dtype: str = "float16",
     rows_per_shard: int = 1 << 18,
 ) -> int:
-    """Writes a cache; returns how many distinct sentences it holds. A sentence met again keeps its first row.
+    """Writes a cache; returns how many distinct items it holds. An item met again keeps its first row.
 
     Args:
         path: the folder to make; it appears only when complete.
-        batches: sentences and their embeddings.
+        batches: items (sentences, or encoded pictures) and their rows.
         teacher: fingerprint of the model that made them, compared when the cache is opened.
-        dtype: float16, bfloat16 or float32.
+        dtype: float16, bfloat16, float32, or uint16 for whole numbers.
         rows_per_shard: rows of one file.
 
     Raises:
@@ -86,7 +100,7 @@ class _Writer:
         self._pending: list[np.ndarray] = []
         self._dim: int | None = None
 
-    def add(self, sentences: Sequence[str], embeddings: np.ndarray) -> None:
+    def add(self, sentences: Sequence[str] | Sequence[bytes], embeddings: np.ndarray) -> None:
         if embeddings.ndim != 2 or len(embeddings) != len(sentences):
             raise UserError(f"teacher cache: {len(sentences)} sentences but embeddings {list(embeddings.shape)}")
         self._dim = embeddings.shape[1] if self._dim is None else self._dim
@@ -96,9 +110,9 @@ class _Writer:
         finite = np.isfinite(decode(stored, self._dtype)).all(axis=1)
         if not finite.all():
             sentence = sentences[int(np.flatnonzero(~finite)[0])]
-            raise UserError(f"teacher cache: embedding of {sentence!r:.200} is not finite in {self._dtype}")
+            raise UserError(f"teacher cache: embedding of {_shown(sentence)} is not finite in {self._dtype}")
         for sentence, row in zip(sentences, stored, strict=True):
-            key = sentence_key(sentence)
+            key = _key(sentence)
             if key not in self._known:
                 self._known[key] = len(self._known)
                 self._pending.append(row.copy())
@@ -143,7 +157,13 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Casts to the stored form; bfloat16 becomes its bits as uint16, rounded to nearest even."""
+    """Casts to the stored form; bfloat16 becomes its bits as uint16, rounded to nearest even.
+
+    Raises:
+        UserError: a number that uint16 does not hold.
+    """
+    if dtype == "uint16" and not np.array_equal(values, values.astype(np.uint16)):
+        raise UserError("teacher cache: expected whole numbers from 0 to 65535")
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return values.astype(_DTYPES[dtype])
@@ -153,9 +173,9 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """Returns float32 values of the stored form."""
+    """Returns the values of the stored form: float32, of uint16 int32."""
     if dtype != "bfloat16":
-        return stored.astype(np.float32)
+        return stored.astype(np.int32 if dtype == "uint16" else np.float32)
     return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -171,7 +191,7 @@ class _Manifest:
 
 
 class TeacherCache:
-    """Embeddings by sentence, memory-mapped; safe to read from many threads.
+    """Rows by sentence or by encoded picture, memory-mapped; safe to read from many threads.
 
     Args:
         path: folder written by `write_cache`.
@@ -179,7 +199,7 @@ class TeacherCache:
         verify: also compare the SHA-256 of every file (reads all of it).
 
     Attributes:
-        dim: numbers in one embedding.
+        dim: numbers in one row.
         teacher: fingerprint of the model that made them.
 
     Raises:
@@ -238,13 +258,13 @@ class TeacherCache:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, sentence: str) -> Float[np.ndarray, " dim"]:
-        """Returns the embedding in float32.
+    def __getitem__(self, item: str | bytes) -> Num[np.ndarray, " dim"]:
+        """Returns the row in float32, of whole numbers in int32.
 
         Raises:
-            FatalDataError: the cache has no such sentence (a `UserError` that the loader does not skip over).
+            FatalDataError: the cache has no such item (a `UserError` that the loader does not skip over).
         """
-        high, low = np.frombuffer(sentence_key(sentence), ">u8").astype(np.uint64)
+        high, low = np.frombuffer(_key(item), ">u8").astype(np.uint64)
         place = int(np.searchsorted(self._keys[:, 0], high))
         while place < len(self) and self._keys[place, 0] == high:
             if self._keys[place, 1] == low:
@@ -253,9 +273,9 @@ class TeacherCache:
                 first = int(self._ends[shard - 1]) if shard else 0
                 return decode(self._shards[shard][row - first], self._dtype)
             place += 1
-        raise FatalDataError(f"teacher cache {self.path} has no embedding of {normalise(sentence)!r:.200}")
+        raise FatalDataError(f"teacher cache {self.path} has no embedding of {_shown(item)}")
 
-    def lookup(self, sentences: Sequence[str]) -> Float[np.ndarray, "b dim"]:
+    def lookup(self, sentences: Sequence[str]) -> Num[np.ndarray, "b dim"]:
         """Returns the embeddings of several sentences; raises UserError naming the first that is missing."""
         return np.stack([self[sentence] for sentence in sentences])
 
@@ -282,3 +302,26 @@ class WithTarget:
     def __call__(self, example: dict[str, Any], rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
         """Applies the transform and joins the embedding."""
         return {**self.transform(example, rng, train), "target": self.cache[example[self.field]]}
+
+
+@dataclasses.dataclass(frozen=True)
+class WithPatchLabels:
+    """A transform that adds `patch_labels` int32[P], the visual words of the example's picture, where it has one.
+
+    Attributes:
+        transform: the transform to extend (see `loader.Loader`); it must not crop at random.
+        cache: where the labels are.
+    """
+
+    transform: Callable[..., dict[str, np.ndarray]]
+    cache: TeacherCache
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the codebook: another one's words are other data."""
+        return self.cache.teacher
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
+        """Applies the transform and joins the labels."""
+        row, image = self.transform(example, rng, train), example.get("image")
+        return row if image is None else {**row, "patch_labels": self.cache[bytes(image)]}

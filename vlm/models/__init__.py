@@ -7,7 +7,7 @@ import importlib
 from vlm.errors import UserError, did_you_mean
 from vlm.family import Family
 
-FAMILIES = {"altclip": "vlm.models.altclip", "blip": "vlm.models.blip"}
+FAMILIES = {"altclip": "vlm.models.altclip", "blip": "vlm.models.blip", "flava": "vlm.models.flava"}
 """Where each family's `FAMILY` is defined; a family's code is imported when it is asked for."""
 
 

@@ -89,11 +89,6 @@ class ProcessorConfig:
         size = self.image.output_size
         return size and (size[0] // self.patch_size, size[1] // self.patch_size)
 
-    @property
-    def codebook_image(self) -> ImageSettings:
-        """How the codebook's picture is made, before its values are moved to [0.1, 0.9]."""
-        return ImageSettings(self.codebook_size, None, None, None, "lanczos", "exact")
-
 
 class Processor:
     """Turns images and texts into batches (`processor(...)`), and raw examples into rows (`processor.example`).
@@ -239,6 +234,29 @@ class Processor:
             raise UserError(f"{name}: expected image or text, found {', '.join(example) or 'nothing'}")
         return row | self._targets(example, name, train)
 
+    def check_patch_labels(self, count: int) -> None:
+        """Whether `count` visual words of every whole picture can take the place of the codebook's picture.
+
+        Raises:
+            UserError: pictures are cropped at random, so that they have other words; the codebook's picture is made
+                too; or another number of patches.
+        """
+        for name in ("augment", "codebook_size"):
+            if (found := getattr(self.config, name)) is not None:
+                raise UserError(
+                    f"config.processor.{name}: expected None with config.data.codebook_cache, found {found}"
+                )
+        if count != int(np.prod(self.config.grid or ())):
+            raise UserError(f"config.data.codebook_cache: {count} visual words, but {self.config.grid} patches")
+
+    def codebook_image(self, image: ImageInput) -> np.ndarray:
+        """The codebook's picture [S, S, 3] of a whole image, values in [0.1, 0.9].
+
+        Raises:
+            UserError: not a picture.
+        """
+        return _codebook_image(open_image(image, "image"), self.config.codebook_size or 112, True)
+
     def _sentence(self, text: str, pair: Any, alone: bool, name: str) -> dict[str, np.ndarray]:
         length = self.config.text_length if alone else self.max_length
         second = None if pair is None else [one_text(pair, None, name)]
@@ -274,8 +292,7 @@ class Processor:
             picture = picture.crop(random_box(picture.width, picture.height, config.augment, vary))
         row = {"image": process(picture, self.image_settings, normalise=normalise)}
         if hide is not None and config.codebook_size is not None:
-            pixels = process(picture, config.codebook_image, normalise=normalise)
-            row["codebook_image"] = np.float32(0.8) * pixels + np.float32(0.1) if normalise else pixels
+            row["codebook_image"] = _codebook_image(picture, config.codebook_size, normalise)
         if hide is not None and config.mask_patches and config.grid is not None:
             row["patch_mask"] = block_mask(config.grid, config.mask_patches, hide, config.blocks).reshape(-1)
         return row
@@ -338,3 +355,9 @@ class Processor:
         if self.tokenizer is None:
             raise UserError("this processor has no tokenizer, so it cannot take texts")
         return self.tokenizer
+
+
+def _codebook_image(picture: Image.Image, size: int, normalise: bool) -> np.ndarray:
+    """DALL-E's preprocessing: 0.8 · pixel / 255 + 0.1, of the picture squashed by Lanczos' filter."""
+    pixels = process(picture, ImageSettings(size, None, None, None, "lanczos", "exact"), normalise=normalise)
+    return np.float32(0.8) * pixels + np.float32(0.1) if normalise else pixels
