@@ -17,6 +17,7 @@ from vlm.convert.torch_file import open_tensors
 from vlm.convert.views import TensorView, from_array
 from vlm.convert.writer import write_tensors
 from vlm.errors import UserError
+from vlm.models import FAMILIES, get_family
 from vlm.models.flava import weights
 from vlm.models.flava.hf_config import architecture
 from vlm.models.flava.model import FLAVA
@@ -410,6 +411,17 @@ def test_parts_of_a_larger_file_under_any_prefix(models):
     prefixed = {f"image_codebook.{key}": value for key, value in lazy(state).items()}
     config = {"model_type": "flava", "image_codebook_config": models["FlavaImageCodebook"].config.to_dict()}
     same(read(prefixed, config).params, read(lazy(state)).params)
+
+
+def test_no_other_family_takes_a_file_without_a_configuration(models):
+    others = [layout for name in FAMILIES if name != "flava" for layout in get_family(name).weights.LAYOUTS]
+    whole = models["FlavaForPreTraining"].state_dict()
+    states = [model.state_dict() for name, model in models.items() if name != "FlavaImageModel"]
+    states += [{k.removeprefix("flava.image_model."): v for k, v in whole.items() if ".image_model." in k}]
+    states += [torchmultimodal(models["FlavaForPreTraining"], extra) for extra in VARIANTS.values()]
+    states += [renamed(whole, MMF_NAMES)]
+    for state in states:
+        assert [layout.name for layout in others if layout.fits(state)] == []
 
 
 def test_buffers_of_old_files_are_ignored(models, expected):

@@ -87,7 +87,15 @@ LAYOUTS = (
     Layout("CLIP (Hugging Face)", (r"(text_model\.)?embeddings\.token_embedding",), _CLIP),
     Layout("CLIP (OpenAI, OpenCLIP)", (r"visual\.conv1\.weight", r"visual\.transformer\."), _OPEN_CLIP),
     Layout("CLIP vision tower (Hugging Face)", (r"(vision_model\.)?encoder\.layers?\.0\.self_attn\.q_proj",), _VISION),
-    Layout("XLM-R", (r"(roberta\.)?embeddings\.word_embeddings\.weight", r".*\.token_type_embeddings"), _XLMR),
+    Layout(
+        "XLM-R",
+        (
+            r".*word_embeddings\.weight",
+            r".*\.token_type_embeddings",
+            r"(roberta\.)?encoder\.layers?\.0\.attention\.self\.",
+        ),
+        _XLMR,
+    ),
 )
 
 
