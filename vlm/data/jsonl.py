@@ -54,7 +54,7 @@ class JsonlSource:
         self.name = name or f"jsonl:{path if isinstance(path, str) else path[0]}"
         self._fields = FieldMap.parse(fields)
         self._images = [ImageFiles(root, os.path.dirname(shard), max_bytes, frames) for shard in self.shards]
-        self._lines = [_index_lines(shard) for shard in self.shards]
+        self._lines = [index_lines(shard) for shard in self.shards]
         self._starts = Starts([len(lines) for lines in self._lines])
         digest = hashlib.sha256(repr(self._fields).encode())
         for number, shard in enumerate(self.shards):
@@ -95,7 +95,7 @@ class JsonlSource:
         return record
 
 
-def _index_lines(path: str) -> np.ndarray:
+def index_lines(path: str) -> np.ndarray:
     """Returns int64[lines, 3] of (start, stop, line number from 1) for every line that is not blank."""
     with open(path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":

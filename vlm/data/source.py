@@ -18,15 +18,23 @@ from vlm.data.jsonl import JsonlSource
 from vlm.data.parquet import ParquetSource
 from vlm.data.tar import TarSource
 from vlm.data.tfds import TfdsSource
+from vlm.data.tsv import TsvSource
 from vlm.errors import UserError, did_you_mean
 
-KINDS = {"tfds": TfdsSource, "tar": TarSource, "jsonl": JsonlSource, "json": JsonSource, "parquet": ParquetSource}
+KINDS = {
+    "tfds": TfdsSource,
+    "tar": TarSource,
+    "jsonl": JsonlSource,
+    "json": JsonSource,
+    "parquet": ParquetSource,
+    "tsv": TsvSource,
+}
 _PROBE = 16
 _TYPES: dict[str, tuple[type, ...]] = {
     "kind": (str,), "path": (str, tuple, list), "split": (str,), "name": (str,), "root": (str,), "index_dir": (str,),
     "fields": (Mapping,), "where": (Mapping,), "num_shards": (int,), "num_examples": (int,), "max_bytes": (int,),
     "cache_bytes": (int,), "weight": (int, float), "each": (str,), "number": (str,), "annotations": (str,),
-    "frames": (int,),
+    "frames": (int,), "columns": (tuple, list), "max_broken": (int,), "classes": (Mapping,),
 }  # fmt: skip
 
 
@@ -46,9 +54,10 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     """Opens the source that a config describes.
 
     Args:
-        spec: `kind` (tfds, tar, jsonl, json, parquet), `path`, and the options of that kind (arguments of its class).
-            For every kind: `fields`, `name`, `num_examples` (the number there must be), `split` (of TFDS its own
-            grammar; otherwise a range of records such as `[600:]` or `[:50%]`). None means not given.
+        spec: `kind` (one of `KINDS`), `path`, and the options of that kind (arguments of its class). For every kind:
+            `fields`, `name`, `num_examples` (the number there must be), `split` (of TFDS its own grammar; otherwise
+            a range of records such as `[600:]` or `[:50%]`), `classes` (field -> names: its value becomes the
+            number of the name, {"label": ("no", "yes")}). None means not given.
 
     Raises:
         UserError: an unknown kind or option, an option of the wrong type, incomplete data, or a field that no
@@ -60,7 +69,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     kind = options.pop("kind", None)
     if kind not in KINDS:
         raise UserError(f"data source: unknown kind {kind!r}{did_you_mean(str(kind), KINDS)}")
-    allowed = set(inspect.signature(KINDS[kind]).parameters) | {"num_examples", "split"}
+    allowed = set(inspect.signature(KINDS[kind]).parameters) | {"num_examples", "split", "classes"}
     for key, value in options.items():
         if key not in allowed:
             raise UserError(f"data source of kind {kind!r}: unknown option {key!r}{did_you_mean(key, allowed)}")
@@ -71,7 +80,10 @@ def open_source(spec: Mapping[str, Any]) -> Source:
         raise UserError(f"data source of kind {kind!r}: `path` is missing")
     num_examples = options.pop("num_examples", None)
     records = options.pop("split", None) if kind != "tfds" else None
+    classes = options.pop("classes", None)
     source: Source = KINDS[kind](**options)
+    if classes:
+        source = WithClasses(source, classes)
     if records:
         source = Subset(source, records)
     if num_examples is not None and len(source) != num_examples:
@@ -118,6 +130,37 @@ def _probe(source: Source) -> None:
             first = first or error
     if first is not None:
         raise first
+
+
+class WithClasses:
+    """A source where some fields hold the names of classes, with their numbers instead.
+
+    Args:
+        classes: field -> names, in the order of their numbers.
+    """
+
+    def __init__(self, source: Source, classes: Mapping[str, Sequence[str]]):
+        for field, names in classes.items():
+            if isinstance(names, str) or not isinstance(names, Sequence) or len(set(names)) < max(1, len(names)):
+                raise UserError(f"{source.name}: classes: expected different names of {field!r}, found {names!r:.80}")
+        self._source, self.name = source, source.name
+        self._numbers = {field: {str(name): i for i, name in enumerate(names)} for field, names in classes.items()}
+        self.fingerprint = f"{source.fingerprint}{self._numbers}"
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns the example; raises UserError for a name that is not among the classes."""
+        example = dict(self._source[index])
+        for field, numbers in self._numbers.items():
+            value = example.get(field)
+            value = value.decode(errors="replace") if isinstance(value, bytes) else value
+            if str(value) not in numbers:
+                where = f"{self.name}: example {example.get('key')!r}"
+                raise UserError(f"{where}: {field} {value!r:.60} is not a class{did_you_mean(str(value), numbers)}")
+            example[field] = numbers[str(value)]
+        return example
 
 
 class Subset:
