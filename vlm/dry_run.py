@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -120,15 +121,16 @@ def _batch(settings: Config, parts: Experiment, specs: Sequence[Mapping[str, Any
         shapes = {name: (np.shape(value), np.asarray(value).dtype) for name, value in arrays.items()}
     except (UserError, OSError) as error:
         note = f"\nfrom the settings; an example of the data is not available here: {error}"
-        arguments = [build(parts.family.processor_type, settings.processor, "processor")]
-        if settings.data.streams and all("fields" in spec for spec in specs):
-            arguments.append({field for spec in specs for field in spec["fields"]})
-        rows = parts.family.processor.rows(*arguments)
+        rows, arguments = parts.family.processor.rows, {}
+        if "fields" in inspect.signature(rows).parameters and all("fields" in spec for spec in specs):
+            arguments["fields"] = {field for spec in specs for field in spec["fields"]}
+        rows = rows(build(parts.family.processor_type, settings.processor, "processor"), **arguments)
         if settings.data.teacher_cache is not None:
             rows = rows | {"target": ((parts.loss_config.target_dim(parts.model_config),), "float32")}
-        read = _read_by_loss(
-            parts, {name: jax.ShapeDtypeStruct((batch, *row[0]), row[1]) for name, row in rows.items()}
-        )
+        # Raw pixels would be normalised first, in another dict than the one that notes what is read.
+        kinds = {name: "float32" if name == "image" else dtype for name, (_, dtype) in rows.items()}
+        abstract = {name: jax.ShapeDtypeStruct((batch, *row[0]), kinds[name]) for name, row in rows.items()}
+        read = _read_by_loss(parts, abstract)
         shapes = {name: row for name, row in rows.items() if name in read}
     rows = [(name, "x".join(map(str, (batch, *shape))), str(dtype)) for name, (shape, dtype) in sorted(shapes.items())]
     return table(("array", "shape", "dtype"), rows) + note

@@ -83,8 +83,8 @@ class Family:
       example: (architecture) -> one abstract batch of size 1 that reaches every parameter: the arguments of `init`.
       processor_type: frozen dataclass of the processor's settings; `config.processor` is built into it.
       processor: the class that turns images and texts into batches and has `from_config(settings)`, `load(dir)`,
-        `save(dir)`, `example(raw, rng, train)` for one training example, and `rows(settings)`, its possible shapes; of
-        a family that trains on several streams, `rows(settings, fields)`: of raw examples with these fields only.
+        `save(dir)`, `example(raw, rng, train)` for one training example, and `rows(settings)`, its possible shapes; if
+        examples are of several kinds, `rows(settings, fields)`: of raw examples with these fields only.
       weights: the module with the family's tables for foreign checkpoints.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.data.annotations import read_answer_list
 from vlm.data.ledger import FatalDataError
 from vlm.data.text import one_text
 from vlm.errors import UserError
@@ -100,12 +100,9 @@ def read_answers(path: str, count: int) -> list[str]:
     Raises:
         UserError: not a list of `count` strings that differ in lower case.
     """
-    try:
-        answers = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a list of answers ({error})") from None
-    if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
-        raise UserError(f"{path}: expected a list of answers")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file (expected a list of answers)")
+    answers = read_answer_list(path)
     different = len({text.strip().lower() for text in answers})
     if not different == len(answers) == count:
         raise UserError(f"{path}: expected {count} different answers, found {different} of {len(answers)}")
