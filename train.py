@@ -102,7 +102,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
             return 0
         steps = Steps(settings, parts, split)
 
-        def prepare(number: int, state: Any, batch: Any) -> float:
+        def prepare(number: int, state: Any, batch: Any) -> Any:
             if "image" in batch:
                 images = batch["image"].addressable_data(0)  # of this host
                 from_primary(lambda: str(folder.save_samples(workdir, images, number, settings.train.sample_images)))
@@ -186,7 +186,7 @@ def loop(
         if batch not in steps:  # the first of another stream
             with report.paused():
                 flops = prepare(number - 1, state, batch)
-                report.say(f"batches of {', '.join(sorted(batch))}: {flops / 1e9:.4g} GFLOP per step")
+                report.say(f"batches of {', '.join(sorted(batch))}: {flops.whole / 1e9:.4g} GFLOP per step")
         step, flops = steps(state, batch)
         state, metrics = step(state, batch)
         report.dispatched(number, metrics, tokens, waited, flops)

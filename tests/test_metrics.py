@@ -10,6 +10,7 @@ from tensorboardX import proto
 
 from vlm import metrics
 from vlm.errors import UserError
+from vlm.flops import StepFlops
 
 
 def lines(workdir):
@@ -127,7 +128,7 @@ def test_metrics_are_read_late_and_in_order(tmp_path):
     report = metrics.Report(metrics.Rates(1, None), progress, writer, log_every=2, max_bad_steps=3)
     Scalar.read = ()
     for step in range(1, 6):
-        report.dispatched(step, {"bad_steps_in_a_row": Scalar(step / 10), "loss": step}, 0, 0, 0)
+        report.dispatched(step, {"bad_steps_in_a_row": Scalar(step / 10), "loss": step}, 0, 0, StepFlops(0.0))
         assert len(Scalar.read) == max(0, step - report.LAG)
     with report.paused():
         assert Scalar.read == (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -136,7 +137,7 @@ def test_metrics_are_read_late_and_in_order(tmp_path):
     assert lines(tmp_path)[-1]["eval/accuracy"] == 0.5
     with pytest.raises(metrics.Diverged, match="3 steps in a row, up to step 8"):
         for step in range(6, 12):
-            report.dispatched(step, {"bad_steps_in_a_row": step - 5}, 0, 0, 0)
+            report.dispatched(step, {"bad_steps_in_a_row": step - 5}, 0, 0, StepFlops(0.0))
     writer.close()
 
 
@@ -148,7 +149,7 @@ def test_the_last_step_is_logged_whatever_the_interval(tmp_path):
         progress = metrics.Progress(last, stream=stream)
         report = metrics.Report(metrics.Rates(1, None), progress, writer, log_every, 3, last)
         for step in range(1, last + 1):
-            report.dispatched(step, {"bad_steps_in_a_row": 0, "loss": step}, 0, 0, 0)
+            report.dispatched(step, {"bad_steps_in_a_row": 0, "loss": step}, 0, 0, StepFlops(0.0))
         report.settle()
         writer.close()
         assert [line["step"] for line in lines(folder)] == logged
@@ -160,7 +161,7 @@ def test_a_full_disk_stops_the_run_where_all_hosts_can_hear_of_it(tmp_path, monk
     report = metrics.Report(metrics.Rates(1, None), metrics.Progress(9, stream=io.StringIO()), writer, 1, 3)
     monkeypatch.setattr(writer, "write", lambda step, values: (_ for _ in ()).throw(OSError(28, "No space left")))
     for step in range(1, 5):
-        report.dispatched(step, {"bad_steps_in_a_row": 0}, 0, 0, 0)
+        report.dispatched(step, {"bad_steps_in_a_row": 0}, 0, 0, StepFlops(0.0))
     with pytest.raises(UserError, match=r"metrics\.jsonl: No space left"), report.paused():
         raise AssertionError("the run went on")
     writer.close()
@@ -178,7 +179,7 @@ def test_metrics_of_streams_are_means_of_the_steps_that_had_them(tmp_path):
         {"loss": math.nan, "mim": math.nan, "learning_rate": 0.4, "bad_steps_in_a_row": 1, "bad_steps": 1},
     ]
     for step, values in enumerate(steps, 1):
-        report.dispatched(step, shared | values, 0, 0, 0)
+        report.dispatched(step, shared | values, 0, 0, StepFlops(0.0))
     report.settle()
     writer.close()
     first, second = lines(tmp_path)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from vlm import sharding
 from vlm.convert.views import TensorView, from_array
 from vlm.errors import UserError
+from vlm.flops import StepFlops
 from vlm.layers.linear import Linear, constrain, partitioned
 from vlm.optimizer import make_optimizer
 from vlm.schema import GroupConfig, MeshConfig, OptimizerConfig, ScheduleConfig, ShardingConfig
@@ -270,3 +271,51 @@ def test_starting_weights_are_read_slice_by_slice():
 def test_wrong_starting_weights(start, message):
     with pytest.raises(UserError, match=message):
         Run(ADAM, start=start)
+
+
+def _text_loss(params, extra, batch, rng):
+    """Sums that padding does not enter, of several arrays with a column per token."""
+    hidden = params["table"][batch["tokens"]] * batch["mask"][..., None]
+    labels = jnp.where(batch["token_labels"] < 0, 0, batch["token_labels"])
+    value = (jnp.square(hidden.sum(1)).sum(-1) + labels.sum(1)).mean() + batch["teacher_tokens"].sum() * 0.5
+    return value, ({"width": jnp.asarray(batch["tokens"].shape[1], jnp.float32)}, extra)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_padding_that_no_text_needs_is_cut_off(devices, accumulation):
+    """The shortest program that holds the longest text runs, on all devices alike, with the result of whole rows."""
+    rng, length = np.random.default_rng(0), 20
+    mesh = sharding.make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
+    optimizer = make_optimizer(ADAM, ["table"], 10)
+    rows = NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params = {"table": jnp.asarray(rng.normal(size=(9, 3)), jnp.float32)}
+    start = StateInit(lambda key: params, lambda params, key: {}, optimizer).finish(params, {})
+    state = jax.device_put(start, NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+    def batch(longest):
+        lengths = np.full((16, 1), 3)
+        lengths[13] = longest
+        mask = np.arange(length)[None] < lengths
+        tokens = np.where(mask, rng.integers(1, 9, (16, length)), 0)
+        labels = np.where(mask, tokens, -100)
+        return {"tokens": tokens, "mask": mask, "token_labels": labels, "teacher_tokens": tokens[:, :length]}
+
+    with sharding.use(mesh, ShardingConfig().rules):
+        whole, cut = (
+            jax.jit(make_train_step(_text_loss, optimizer, 0, accumulation, lengths)) for lengths in ((), (12, 4, 30))
+        )
+        for longest, chosen in ((3, 4), (4, 4), (5, 12), (12, 12), (13, 20), (20, 20)):
+            placed = {name: jax.device_put(value, rows) for name, value in batch(longest).items()}
+            expected, found = whole(state, placed), cut(state, placed)
+            widths = (4 + chosen) / 2 if accumulation == 2 else chosen  # row 13 is in one micro-batch
+            assert found[1]["text_length"] == found[1]["width"] == widths
+            assert expected[1]["width"] == length
+            np.testing.assert_allclose(found[1]["loss"], expected[1]["loss"], rtol=1e-6)
+            np.testing.assert_allclose(found[0].params["table"], expected[0].params["table"], rtol=1e-6)
+
+
+def test_step_flops_of_cut_rows():
+    flops = StepFlops(100.0, (4, 12, 20), (20.0, 60.0, 100.0))
+    assert flops.of({"text_length": 12.0}) == 60 and flops.of({"text_length": 8.0}) == 40
+    assert flops.of({}) == StepFlops(100.0).of({"text_length": 4.0}) == 100

@@ -32,7 +32,7 @@ from vlm.optimizer import Optimizer, make_optimizer
 from vlm.schema import Config
 from vlm.sharding import local_rows, unbox
 from vlm.strict import build
-from vlm.training import LossFn, StateInit, make_train_step, trace_step
+from vlm.training import LossFn, StateInit, cut_text, make_train_step, text_sizes, trace_step
 from vlm.tree import flatten, listing
 
 
@@ -59,6 +59,10 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
     inherited = {"dtype": settings.precision.compute, "remat": remat or settings.remat}
     model_config = build(family.config_type, settings.model, "model", inherited)
     loss_config = build(family.loss_type, settings.loss, "loss", inherited)
+    if settings.train.text_lengths and not getattr(model_config, "mask_text_padding", True):
+        raise UserError(
+            "config.train.text_lengths: this model attends to padding (mask_text_padding=False): expected ()"
+        )
     if settings.data.teacher_cache is not None and not hasattr(loss_config, "target_dim"):
         raise UserError(f"config.data.teacher_cache: no objective of {family.name} learns from precomputed embeddings")
     model = family.module(model_config)
@@ -165,13 +169,13 @@ class Steps:
 
     def __init__(self, settings: Config, parts: Experiment, split: NamedSharding):
         self._settings, self._parts, self._split = settings, parts, split
-        self._compiled: dict[Any, tuple[Any, float]] = {}
+        self._compiled: dict[Any, tuple[Any, flops.StepFlops]] = {}
 
     def __contains__(self, batch: Mapping[str, jax.Array]) -> bool:
         """Whether the step for batches like this one is there already."""
         return _structure(batch) in self._compiled
 
-    def __call__(self, state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, float]:
+    def __call__(self, state: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, flops.StepFlops]:
         """Returns the step for batches like this one, and its model FLOPs."""
         key = _structure(batch)
         if key not in self._compiled:
@@ -190,17 +194,23 @@ def compile_step(
     batch: Any,
     split: NamedSharding,
     compiler_options: dict[str, Any] | None = None,
-) -> tuple[Any, float]:
-    """Compiles the training step for this state and batch; also returns its model FLOPs, without recomputation."""
+) -> tuple[Any, flops.StepFlops]:
+    """Compiles the training step for this state and batch; also returns its model FLOPs."""
+    train, accumulation = settings.train, settings.optimizer.accumulation_steps
 
-    def trace(parts: Experiment) -> Any:
-        accumulation = settings.optimizer.accumulation_steps
-        step = make_train_step(parts.loss, parts.optimizer, settings.train.seed, accumulation)
+    def trace(parts: Experiment, batch: Any, lengths: tuple[int, ...] = ()) -> Any:
+        step = make_train_step(parts.loss, parts.optimizer, train.seed, accumulation, lengths)
         return trace_step(step, state, batch, split)
 
-    traced = trace(parts)
-    plain = traced if settings.remat == "none" else trace(experiment(settings, remat="none"))
-    return traced.lower().compile(compiler_options=compiler_options), flops.count_flops(plain.jaxpr)
+    traced = trace(parts, batch, train.text_lengths)
+    plain = parts if settings.remat == "none" else experiment(settings, remat="none")
+    compiled = traced.lower().compile(compiler_options=compiler_options)
+    if not train.text_lengths or "mask" not in batch:
+        return compiled, flops.StepFlops(flops.count_flops((traced if plain is parts else trace(plain, batch)).jaxpr))
+    lengths, shapes = text_sizes(batch, train.text_lengths), jax.eval_shape(dict, batch)
+    cut = [jax.eval_shape(lambda batch, length=length: cut_text(batch, length), shapes) for length in lengths]
+    counts = [flops.count_flops(trace(plain, batch).jaxpr) for batch in cut]
+    return compiled, flops.StepFlops(counts[-1], tuple(lengths), tuple(counts))
 
 
 @contextlib.contextmanager
@@ -208,7 +218,7 @@ def make_report(
     settings: Config,
     config: Any,
     workdir: Path,
-    step_flops: float,
+    step_flops: flops.StepFlops,
     start: int,
     streams: Callable[[int], Mapping[str, int]] | None = None,
 ) -> Iterator[metrics.Report]:
@@ -230,7 +240,7 @@ def make_report(
     from_primary(open_writer)
     writer = writers[0] if writers else None
     known = f"peak {peak / 1e12:g} TFLOP/s each" if peak else "peak unknown, so is the utilisation"
-    progress.say(f"{jax.device_count()} x {kind} ({known}); {step_flops / 1e9:.4g} GFLOP per step")
+    progress.say(f"{jax.device_count()} x {kind} ({known}); {step_flops.whole / 1e9:.4g} GFLOP per step")
     rates = metrics.Rates(settings.data.batch_size, peak * jax.device_count() if peak else None)
     report = metrics.Report(rates, progress, writer, train.log_every, train.max_bad_steps, train.steps, streams)
     try:

@@ -6,8 +6,12 @@ a scan counts as often as it runs. Only matrix products and convolutions count, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 # Dense bfloat16 TFLOP/s of one device, from the vendors' data sheets. Matched on the beginning of `device_kind`.
 PEAK_TFLOPS = {
@@ -32,6 +36,26 @@ def peak_flops(device_kind: str) -> float | None:
         if device_kind.startswith(kind):
             return tflops * 1e12
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """Model FLOPs of a training step, without recomputation.
+
+    Attributes:
+      whole: with whole rows of text.
+      lengths, counts: with rows cut to each length (`train.text_lengths`), ascending.
+    """
+
+    whole: float
+    lengths: tuple[int, ...] = ()
+    counts: tuple[float, ...] = ()
+
+    def of(self, metrics: Mapping[str, Any]) -> float:
+        """FLOPs of the step that gave these metrics; micro-batches of several lengths count as their mean length."""
+        if not self.lengths or "text_length" not in metrics:
+            return self.whole
+        return float(np.interp(float(metrics["text_length"]), self.lengths, self.counts))
 
 
 def count_flops(jaxpr: Any) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vlm.errors import UserError
+from vlm.flops import StepFlops
 from vlm.manifest import write_atomically
 
 METRICS = "metrics.jsonl"
@@ -204,10 +205,10 @@ class Report:
         self._rates, self._progress, self._writer = rates, progress, writer
         self._log_every, self._max_bad_steps, self._last = log_every, max_bad_steps, last
         self._streams, self._values = streams, collections.defaultdict[str, list[float]](list)
-        self._open: collections.deque[tuple[int, Mapping[str, Any], float, float, float]] = collections.deque()
+        self._open: collections.deque[tuple[int, Mapping[str, Any], float, float, StepFlops]] = collections.deque()
         self._failure: OSError | None = None
 
-    def dispatched(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float, flops: float) -> None:
+    def dispatched(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float, flops: StepFlops) -> None:
         """Takes over the metrics (device scalars) of a step that was just started; the rest is as for `Rates.step`.
 
         Raises:
@@ -222,9 +223,9 @@ class Report:
         while self._open:
             self._finish(*self._open.popleft())
 
-    def _finish(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float, flops: float) -> None:
+    def _finish(self, step: int, metrics: Mapping[str, Any], tokens: float, waited: float, flops: StepFlops) -> None:
         bad = int(metrics["bad_steps_in_a_row"])
-        self._rates.step(tokens, waited, flops)
+        self._rates.step(tokens, waited, flops.of(metrics))
         self._progress.advance(step)
         if bad >= self._max_bad_steps:
             raise Diverged(

@@ -281,6 +281,8 @@ class TrainConfig:
       keep: newest checkpoints kept. keep_every: also those of steps that are multiples of this.
       verify: before a checkpoint is restored, "full" hashes its files, "fast" compares their sizes; values are compared
         in any case. "auto": "full" up to 8 GiB.
+      text_lengths: lengths of text that the step is compiled for besides the whole row: every step runs on the shortest
+        that holds all real tokens of its batch, the same on all devices. The result is that of whole rows.
       max_bad_steps: the run stops after this many consecutive steps with a non-finite loss or gradient.
       sample_images: images of the first batch written to workdir/samples.
       tensorboard: also write TensorBoard event files.
@@ -295,6 +297,7 @@ class TrainConfig:
     keep: int = 3
     keep_every: int | None = None
     verify: Literal["auto", "full", "fast"] = "auto"
+    text_lengths: tuple[int, ...] = ()
     max_bad_steps: int = 8
     sample_images: int = 16
     tensorboard: bool = True
@@ -303,6 +306,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(1, self, "steps", "keep", "keep_every", "max_bad_steps")
         _at_least(0, self, "log_every", "eval_every", "checkpoint_every", "sample_images")
+        if any(length < 1 for length in self.text_lengths):
+            raise ValueError(f"text_lengths: expected lengths of at least 1, found {self.text_lengths}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -164,7 +164,7 @@ def put_weight(
 
 
 def make_train_step(
-    loss: LossFn, optimizer: Optimizer, seed: int, accumulation_steps: int = 1
+    loss: LossFn, optimizer: Optimizer, seed: int, accumulation_steps: int = 1, text_lengths: Sequence[int] = ()
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds one training step, a pure function.
 
@@ -175,6 +175,9 @@ def make_train_step(
     row leaves its device) whose gradients are averaged in float32. Each micro-batch is a batch of its own to the loss:
     equal to the whole batch for losses that are means over examples, but a contrastive loss then sees only its
     micro-batch's candidates.
+
+    With `text_lengths`, padding that no row of the global (micro-)batch needs is cut off before anything is computed:
+    the step holds a program for each of these lengths, and all devices run the shortest that every text fits in.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -185,7 +188,7 @@ def make_train_step(
             return loss(merge(trainable, frozen), extra, batch, rng)
 
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient = jax.value_and_grad(objective, has_aux=True)
+        gradient = _by_length(jax.value_and_grad(objective, has_aux=True), text_lengths)
         (value, (terms, extra)), grads = _accumulate(gradient, accumulation_steps)(trainable, state.extra, batch, rng)
 
         grad_norm = optax.tree.norm(grads)
@@ -216,6 +219,51 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema, extra, bad_steps), metrics
 
     return step
+
+
+TEXT_KEYS = ("tokens", "mask", "token_types", "positions", "masked_tokens", "token_labels", "labels")
+"""What has a column for every token of `tokens`, if its shape says so."""
+
+
+def cut_text(batch: Batch, length: int) -> dict[str, Any]:
+    """The batch with the first `length` columns of its texts."""
+    whole = batch["mask"].shape[:2]
+    return {
+        name: value[:, :length] if name in TEXT_KEYS and value.shape[:2] == whole else value
+        for name, value in batch.items()
+    }
+
+
+def text_sizes(batch: Mapping[str, Any], lengths: Sequence[int]) -> list[int]:
+    """The lengths that the step of such a batch is compiled for, ascending; the last is the whole row."""
+    whole = batch["mask"].shape[1]
+    return sorted({length for length in lengths if length < whole} | {whole})
+
+
+def _by_length(gradient: Callable[..., Any], lengths: Sequence[int]) -> Callable[..., Any]:
+    """`gradient` of the batch without the padding that no row needs; the length is added to its terms.
+
+    The choice is made around the gradient, not inside: the backward pass of a conditional would keep the activations
+    of every branch.
+    """
+    if not lengths:
+        return gradient
+
+    def run(trainable: Params, extra: Any, batch: Batch, rng: jax.Array) -> Any:
+        if "mask" not in batch:
+            return gradient(trainable, extra, batch, rng)
+        sizes = text_sizes(batch, lengths)
+        columns = jnp.arange(1, sizes[-1] + 1)
+        longest = jnp.max(jnp.where(batch["mask"], columns, 0))
+
+        def branch(length: int) -> Callable[[Batch], Any]:
+            return lambda batch: gradient(trainable, extra, cut_text(batch, length), rng)
+
+        chosen = jnp.searchsorted(jnp.asarray(sizes), longest)
+        (value, (terms, following)), grads = jax.lax.switch(chosen, [branch(size) for size in sizes], dict(batch))
+        return (value, ({**terms, "text_length": jnp.asarray(sizes, jnp.float32)[chosen]}, following)), grads
+
+    return run
 
 
 def _accumulate(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
