@@ -35,7 +35,6 @@ from vlm.tokenizers.files import read_json
 from vlm.tree import flatten, listing, unflatten
 
 FORMAT_VERSION = 1
-_DTYPES = ("bfloat16", "float32")
 _CONFIG, _PARAMS, _EXTRA = "config.json", "params", "extra"
 _POSITIONS = ("vision/position_embedding", "teacher/vision/position_embedding")
 _TOKENIZER_FILES = ("*.model", "tokenizer.json", "vocab.txt", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
@@ -101,7 +100,7 @@ def load(
     Raises:
         UserError: nothing recognisable, damaged or incomplete files, weights that do not fit the architecture.
     """
-    for name, value, choices in (("dtype", dtype, (None, *_DTYPES)), ("verify", verify, ("full", "fast"))):
+    for name, value, choices in (("dtype", dtype, (None, "bfloat16", "float32")), ("verify", verify, ("full", "fast"))):
         if value not in choices:
             raise UserError(f"{name}: expected one of {', '.join(map(repr, choices))}, found {value!r}")
     opened = open_model(path, verify=verify, overrides=overrides)
@@ -257,17 +256,8 @@ def load_processor(opened: OpenModel, task: str | None = None) -> Any:
     if limit is not None:
         processor.max_length = min(processor.max_length, limit)
     if opened.image_size is not None and processor.image_settings is not None:
-        processor.image_settings = _for_size(processor.image_settings, opened.image_size)
+        processor.image_settings = processor.image_settings.for_side(opened.image_size)
     return processor
-
-
-def _for_size(settings: Any, side: int) -> Any:
-    """Image settings for squares of another size; where they cut out a square, it keeps its share of the picture."""
-    size, crop = settings.size, settings.crop
-    if crop is None:
-        return dataclasses.replace(settings, size=side)
-    scaled = round(size * side / crop) if isinstance(size, int) and isinstance(crop, int) else side
-    return dataclasses.replace(settings, size=scaled if size is not None else None, crop=side)
 
 
 def expected_params(family: Family, config: Any) -> dict[str, Any]:

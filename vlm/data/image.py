@@ -92,6 +92,14 @@ class ImageSettings:
             return _both(self.crop)
         return _both(self.size) if self.mode == "exact" and self.size is not None else None
 
+    def for_side(self, side: int) -> ImageSettings:
+        """Settings for squares of another size; where these cut out a square, it keeps its share of the picture."""
+        size, crop = self.size, self.crop
+        if crop is None:
+            return dataclasses.replace(self, size=side)
+        scaled = round(size * side / crop) if isinstance(size, int) and isinstance(crop, int) else side
+        return dataclasses.replace(self, size=scaled if size is not None else None, crop=side)
+
 
 def decode(
     data: bytes | str | Path,
