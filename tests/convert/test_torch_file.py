@@ -1,5 +1,6 @@
 """Every PyTorch container gives the same numbers; hostile and damaged ones end in one line."""
 
+import argparse
 import json
 import os
 import zipfile
@@ -240,6 +241,13 @@ def test_code_in_a_pickled_module_does_not_run(tmp_path):
         with pytest.raises(UserError, match=r"refused: a reference to (posix|os)\.system"):
             open_tensors(tmp_path / "evil.pkl")
     assert not (tmp_path / "canary").exists()
+
+
+def test_options_beside_the_weights_are_ignored(tmp_path):
+    content = {"args": argparse.Namespace(lr=0.1, data=["a"]), "model": {"w": torch.ones(2)}, "epoch": 3}
+    for options in FORMATS.values():
+        torch.save(content, tmp_path / "checkpoint.pt", **options)
+        assert list(open_tensors(tmp_path / "checkpoint.pt")) == ["w"]
 
 
 def test_modules_nested_without_end_are_refused(tmp_path):

@@ -225,7 +225,8 @@ class _Machine:
         if self.objects:
             self.stack.append(Record())
             return
-        if not isinstance(cls, _Name) or not _is_script_class(cls) or arguments != ():
+        known = isinstance(cls, _Name) and (_is_script_class(cls) or cls in _PLAIN_CLASSES)
+        if not known or arguments != ():
             raise _Refused(f"creation of an object of {cls if isinstance(cls, _Name) else 'an unknown class'}")
         self.stack.append(Record())
 
@@ -285,6 +286,7 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 }
 
 
+_PLAIN_CLASSES = [_Name("argparse", "Namespace")]  # training scripts put their options beside the weights
 _SETS: dict[str, Callable[[_Machine], None]] = {  # as lists: a file's values need not be hashable
     "EMPTY_SET": lambda machine: machine.push([]),
     "FROZENSET": lambda machine: machine.push(machine.items()),
@@ -302,7 +304,8 @@ def _is_known(reference: _Name) -> bool:
     storage = reference.module in ("torch", "torch.storage", "torch.cuda") and reference.name in _STORAGES
     dtype = reference.module == "torch" and reference.name in _DTYPES
     marker = reference in (_Name("torch.nn.parameter", "Parameter"), _Name("torch", "Tensor"))
-    return storage or dtype or marker or reference in _FUNCTIONS or _is_script_class(reference)
+    plain = reference in _FUNCTIONS or reference in _PLAIN_CLASSES
+    return storage or dtype or marker or plain or _is_script_class(reference)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:

@@ -114,7 +114,8 @@ def compiled(config, names):
             "codebook": lambda: model(CODEBOOK_PIXELS, method=FLAVA.codebook_logits),
             "image": lambda: model(**image),
             "text": lambda: model(**text),
-            "pair": lambda: model(**image, **text, **(masked if config.heads else {})),
+            "pair": lambda: model(**image, **text),
+            "masked": lambda: model(**image, **text, **masked, fuse=False),
             "heads": lambda: [model(head, STATES, method=FLAVA.predict_masked) for head in HEAD_NAMES],
             "fusion": lambda: model(STATES, MASK, method=lambda module, *x: module.fusion(*x)),
         }
@@ -162,13 +163,13 @@ def assert_state(ours, theirs):
 
 
 def assert_pretraining(imported, model, image, text, masked):
-    ours = outputs(imported, "pair", "codebook", "heads")
+    ours = outputs(imported, "masked", "codebook", "heads")
     close(ours["codebook"].transpose(0, 3, 1, 2), model.image_codebook(chw(CODEBOOK_PIXELS)))
-    both = model(**image, **text, **masked, return_loss=False, skip_unmasked_multimodal_encoder=False)
-    names = ("image_embeddings", "text_embeddings", "multimodal_embeddings", "multimodal_masked_embeddings")
+    both = model(**image, **text, **masked, return_loss=False)
+    names = ("image_embeddings", "text_embeddings", "multimodal_masked_embeddings")
     logits = ("itm_logits", "mmm_image_logits", "mmm_text_logits", "contrastive_logits_per_image")
     for name in (*names, *logits):
-        close(getattr(ours["pair"], name), getattr(both, name))
+        close(getattr(ours["masked"], name), getattr(both, name))
     for head, logits in zip(HEAD_NAMES, ours["heads"], strict=True):
         close(logits, getattr(model, f"{head}_head")(torch.tensor(STATES)))
 
@@ -352,13 +353,13 @@ def test_torchmultimodal_model_without_losses(models, prefix):
     assert tensors.keys() == models["FlavaModel"].state_dict().keys()
 
 
-@pytest.mark.parametrize("last", [3, 2])
-def test_torchmultimodal_classification(models, last):
+def test_torchmultimodal_classification(models):
     generator = torch.Generator().manual_seed(0)
-    sizes = {"0.weight": (14, 16), "0.bias": (14,), f"{last}.weight": (3, 14), f"{last}.bias": (3,)}
-    head = {f"classifier.model.{name}": torch.randn(size, generator=generator) for name, size in sizes.items()}
+    weight = [torch.randn(size, generator=generator) for size in ((14, 16), (14,), (3, 14), (3,))]
+    names = ("0.weight", "0.bias", "3.weight", "3.bias")
     model = models["FlavaForPreTraining"]
-    state = {k: v for k, v in torchmultimodal(model).items() if k.startswith("model.")} | head
+    state = {k: v for k, v in torchmultimodal(model).items() if k.startswith("model.")}
+    state |= {f"classifier.model.{name}": value for name, value in zip(names, weight, strict=True)}
     imported = read(lazy(state), None, HEADS)
     classifier = imported.config.classifier
     assert (classifier.num_labels, classifier.hidden_size, classifier.input) == (3, 14, "multimodal")
@@ -369,8 +370,9 @@ def test_torchmultimodal_classification(models, last):
     ours = jax.jit(classify)({"params": params})
     with torch.no_grad():
         hidden = model.flava.text_model(torch.tensor(TOKENS), torch.tensor(MASK.astype(np.int64))).last_hidden_state
-        hidden = torch.relu(hidden[:, 0] @ head["classifier.model.0.weight"].T + head["classifier.model.0.bias"])
-        close(ours, hidden @ head[f"classifier.model.{last}.weight"].T + head[f"classifier.model.{last}.bias"])
+        close(ours, torch.relu(hidden[:, 0] @ weight[0].T + weight[1]) @ weight[2].T + weight[3])
+    without_dropout = renamed(state, [(r"classifier\.model\.3", "classifier.model.2")])
+    same(read(lazy(without_dropout), None, HEADS | {"classifier.input": "text"}).params, imported.params)
     with pytest.raises(UserError, match=r"no FLAVA class with a classifier.*--drop='classifier/"):
         weights.write(imported.config, imported.params)
 
