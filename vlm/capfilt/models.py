@@ -130,6 +130,8 @@ def _check(flag: str, model: Any, processor: Any) -> BLIPConfig:
         raise UserError(f"{flag}: expected a model of single images, found one of pairs or videos")
     if processor is None or processor.tokenizer is None:
         raise UserError(f"{flag}: the checkpoint has no tokenizer and image settings")
+    if config.vision is None:
+        raise UserError(f"{flag}: the model has no image encoder")
     size, made = config.vision.image_size, processor.image_settings.output_size
     if made != (size, size):
         raise UserError(f"{flag}: the model sees images of {size} x {size}, its image settings make {made}")

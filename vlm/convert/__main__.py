@@ -8,6 +8,7 @@ more while it runs.
     python -m vlm.convert BAAI/AltCLIP altclip                     # published weights to ours
     python -m vlm.convert altclip altclip_hf --to=hf               # and back, for transformers
     python -m vlm.convert CLIP_FOLDER new --text=XLMR_FOLDER       # a new AltCLIP from CLIP and XLM-R, to be trained
+    python -m vlm.convert DEIT start --text=BERT_FOLDER            # a new BLIP, to be pretrained
     python -m vlm.convert model_base.pth start --task=vqa --image-size=480          # a pretrained BLIP for a task
     python -m vlm.convert model_base.pth start --task=nlvr --random                 # and what it lacks at random
 

@@ -133,6 +133,23 @@ HF_BLIP = {
 """Hugging Face's names for BLIP's vision tower."""
 
 
+def hf_vit() -> list[Rule]:
+    """Hugging Face's ViT and DeiT with their names of releases 4 and 5; classifiers and poolers are ignored."""
+    layer = {f"attention.(attention.{name}|{name[0]}_proj)": f"attention/{name}" for name in ("query", "key", "value")}
+    layer |= {"attention.(output.dense|o_proj)": "attention/out"}
+    layer |= {"(intermediate.dense|mlp.fc1)": "mlp/up", "(output.dense|mlp.fc2)": "mlp/down"}
+    norms = {"layernorm_before": "attention_norm", "layernorm_after": "mlp_norm"}
+    return [
+        Rule("embeddings.cls_token", "class_embedding", leading_ones(2)),
+        Rule("embeddings.position_embeddings", "position_embedding", leading_ones(1)),
+        Rule("embeddings.patch_embeddings.projection.weight", "patch_embedding/kernel", PATCH_KERNEL),
+        Rule("embeddings.patch_embeddings.projection.bias", "patch_embedding/bias"),
+        *prefixed(_many(layer) + _many(norms, norm), "(encoder.layer|layers).{i}.", "layers/"),
+        *norm("layernorm", "output_norm"),
+        Rule("pooler.*", None),
+    ]
+
+
 def bert(
     *, layers: str = "(layer|layers)", pooler: bool | None = False, more: Mapping[str, str] | None = None
 ) -> list[Rule]:

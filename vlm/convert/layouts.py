@@ -21,16 +21,19 @@ class Layout:
         name: what to call it in messages.
         marks: regular expressions; a checkpoint has this layout when each matches the start of some tensor's name.
         rules: the table.
+        without: regular expressions, none of which may match.
     """
 
     name: str
     marks: tuple[str, ...]
     rules: tuple[Rule, ...]
+    without: tuple[str, ...] = ()
 
     def fits(self, names: Iterable[str]) -> bool:
         """Whether tensors of these names have this layout."""
         names = list(names)
-        return all(any(re.match(mark, name) for name in names) for mark in self.marks)
+        found = lambda mark: any(re.match(mark, name) for name in names)  # noqa: E731
+        return all(map(found, self.marks)) and not any(map(found, self.without))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,8 @@ class MedConfig:
     """Architecture of one text stack; the defaults are the published BLIP's, for ViT-B and ViT-L alike.
 
     Attributes:
-      context_size: width of what cross-attention reads (the image encoder's; for VQA's decoder the text encoder's).
+      context_size: width of what cross-attention reads (the image encoder's; for VQA's decoder the text encoder's);
+        None: there is no cross-attention (BERT).
       init_std: of the layers' random kernels; small models need more than BERT's 0.02, about hidden_size**-0.5, or what
         they read is lost beside the residual stream.
       pooler: tanh(Linear(first token)) as `pooler_output` instead of the first token itself (HF's BlipModel only).
@@ -55,7 +56,7 @@ class MedConfig:
     num_heads: int = 12
     mlp_dim: int = 3072
     max_length: int = 512
-    context_size: int = 768
+    context_size: int | None = 768
     pad_id: int = 0
     activation: str = "gelu"
     norm_eps: float = 1e-12
@@ -115,7 +116,7 @@ class MedLayer(nn.Module):
         if self.is_initializing():
             for name in names:
                 self._self_attention(name, hidden, mask, None)
-            if context is None:
+            if context is None and self.config.context_size is not None:
                 context = jnp.zeros((len(hidden), *((2,) if self.fuse else ()), 1, self.config.context_size))
         hidden, own, weights = self._self_attention(used, hidden, mask, caches[0])
         cross_weights = cross = None
@@ -297,6 +298,8 @@ class Med(nn.Module):
         if context is None:
             return
         lead = (tokens.shape[0],) if self.average_layers is None else (tokens.shape[0], 2)
+        if config.context_size is None:
+            raise ValueError("context: this stack has no cross-attention (context_size is None)")
         if context.shape != (*lead, context.shape[-2], config.context_size):
             form = ", ".join(map(str, (*lead, "M", config.context_size)))
             raise ValueError(f"context: expected [{form}], found {list(context.shape)}")

@@ -73,7 +73,8 @@ def test_published_pretraining_size():
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"text": None}, r"model\.text: expected a text encoder or a decoder"),
+        ({"text": None, "vision": None, **NONE}, r"model\.vision: expected an image encoder or a text stack"),
+        ({"vision": None}, r"itm: expected an image encoder"),
         ({"decoder": STACK}, r"model\.shared_decoder: expected text and no decoder"),
         ({"text": None, "decoder": STACK, "shared_decoder": False}, "itm: expected a text encoder"),
         ({"logit_scale_init": 2.6}, "temperature: expected None beside logit_scale_init"),

@@ -15,14 +15,14 @@ from vlm.models.blip.processor import Processor, ProcessorConfig
 
 
 def example(config: BLIPConfig) -> dict[str, Any]:
-    """One zero image (two for a model of pairs) and one two-token text."""
-    size = config.vision.image_size
-    images = (config.num_images,) if config.num_images > 1 else ()
-    return {
-        "image": jnp.zeros((1, *images, size, size, 3), jnp.float32),
-        "tokens": jnp.zeros((1, 2), jnp.int32),
-        "mask": jnp.ones((1, 2), bool),
-    }
+    """One zero image (two for a model of pairs) and one two-token text, as far as the model has towers for them."""
+    batch: dict[str, Any] = {}
+    if config.vision is not None:
+        size, images = config.vision.image_size, (config.num_images,) if config.num_images > 1 else ()
+        batch["image"] = jnp.zeros((1, *images, size, size, 3), jnp.float32)
+    if config.text is not None or config.decoder is not None:
+        batch |= {"tokens": jnp.zeros((1, 2), jnp.int32), "mask": jnp.ones((1, 2), bool)}
+    return batch
 
 
 FAMILY = Family(

@@ -36,9 +36,11 @@ class BLIPConfig:
     NLVR2               text              (num_images 2)      classifier (num_labels 2)
     classification      text                                  classifier
     HF's BlipModel      text with pooler  yes, logit_scale
+    one tower           none, or no vision
     ==================  ================  ==================  =============================================
 
     Attributes:
+      vision: the image encoder; None in a text stack saved alone.
       text: the encoder, for texts alone and grounded in an image.
       decoder: a decoder with parameters of its own; it reads the text encoder's states if there is a text encoder
         (question answering), image tokens otherwise.
@@ -58,7 +60,7 @@ class BLIPConfig:
       bos_id, enc_id: [DEC] and [ENC], written over a leading `cls_id`.
     """
 
-    vision: ViTConfig = VIT
+    vision: ViTConfig | None = VIT
     text: MedConfig | None = MedConfig()
     decoder: MedConfig | None = None
     shared_decoder: bool = True
@@ -90,13 +92,14 @@ class BLIPConfig:
 
     def _problems(self) -> list[str]:
         text, decoder, problems = self.text, self.decoder, []
-        if text is None and decoder is None:
-            problems.append("text: expected a text encoder or a decoder, found neither")
+        if self.vision is None and text is None and decoder is None:
+            problems.append("vision: expected an image encoder or a text stack, found neither")
         if self.shared_decoder and (text is None or decoder is not None):
             problems.append("shared_decoder: expected text and no decoder")
         for name in ("itm", "projection_dim", "num_labels"):
-            if text is None and getattr(self, name):
-                problems.append(f"{name}: expected a text encoder for it, found none")
+            if (text is None or self.vision is None) and getattr(self, name):
+                missing = "a text encoder" if text is None else "an image encoder"
+                problems.append(f"{name}: expected {missing} for it, found none")
         if self.projection_dim is None and (self.temperature is not None or self.logit_scale_init is not None):
             problems.append("temperature, logit_scale_init: expected None without projection_dim")
         if self.temperature is not None and self.logit_scale_init is not None:
@@ -107,7 +110,7 @@ class BLIPConfig:
             problems.append(f"num_images: expected 1, or 2 with num_labels and without video, found {self.num_images}")
         read = ("text", text) if text else ("vision", self.vision)
         for name, stack, (source, encoder) in (("text", text, ("vision", self.vision)), ("decoder", decoder, read)):
-            if stack is not None and stack.context_size != encoder.hidden_size:
+            if stack is not None and encoder is not None and stack.context_size != encoder.hidden_size:
                 wanted = f"expected {source}.hidden_size={encoder.hidden_size}"
                 problems.append(f"{name}.context_size: {wanted}, found {stack.context_size}")
         return problems

@@ -45,6 +45,8 @@ TEXT = {
     "pad_token_id": 0,
     "sep_token_id": 102,
 }
+TOWERS = {"vision": ("blip_vision_model", "vit", "deit"), "text": ("blip_text_model", "bert")}
+"""`model_type` of towers that are saved alone."""
 HEAD_DIM = 64
 _WIDTH, _WRONG_HEADS = 768, 8
 
@@ -60,7 +62,7 @@ def architecture(
     the authors' models write [ENC] over the first token.
 
     Args:
-        config: the parsed config.json, or None.
+        config: the parsed config.json, or None; of BERT or ViT, theirs.
         notes: receives a line for everything a reader of the result should know.
         hf: whether the names are Hugging Face's.
         overrides: "text.num_heads": value pairs, applied last.
@@ -72,7 +74,7 @@ def architecture(
     config = config or {}
     if hf and not config:
         notes.append("no config.json: sizes from the tensors, heads of 64 and transformers' default epsilons assumed")
-    if not hf:
+    if not hf and not config:
         notes.append(".pth files do not store the number of attention heads: heads of 64 assumed (--override)")
     text, vision = _section(config, "text"), _section(config, "vision")
     parts: dict[str, Any] = {"vision": None, "text": None, "decoder": None}
@@ -118,7 +120,9 @@ def _parts(views: Views, config: Json, hf: bool) -> dict[str, Any]:
 
 
 def _section(config: Json, tower: str) -> dict[str, Any]:
-    """One tower's settings; {} where the file does not say."""
+    """One tower's settings, of a whole model or of the tower alone; {} where the file does not say."""
+    if config.get("model_type") in TOWERS[tower]:
+        return dict(config)
     return dict(mapping(config, f"{tower}_config") or {})
 
 
@@ -155,7 +159,8 @@ def _stack(section: Json, name: str, views: Views, notes: list[str], hf: bool, o
         raise UserError(f"the checkpoint has {name} embeddings, but no layers")
     mlps = [views[f"{name}/{kind}/mlp/up/kernel"] for kind in kinds]
     keys = [f"{name}/{kinds[0]}/cross_attention{end}/key/kernel" for end in ("", "_0")]
-    context = next((views[key].shape[-2] for key in keys if key in views), width)
+    default = width if _has(views, "vision") else None  # BERT has no cross-attention; elsewhere it is missing
+    context = next((views[key].shape[-2] for key in keys if key in views), default)
     sizes = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": mlps[0].shape[-1]}
     sizes["num_hidden_layers"] = sum(mlp.shape[0] for mlp in mlps)
     sizes["max_position_embeddings"] = views[f"{name}/position_embedding/embedding"].shape[0]

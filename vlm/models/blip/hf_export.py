@@ -17,6 +17,12 @@ def hf_class(config: BLIPConfig) -> str:
         UserError: there is none.
     """
     text, decoder = config.text, config.decoder
+    if text is None and decoder is None:
+        return "BlipVisionModel"
+    if config.vision is None:
+        if text is None or decoder is not None or text.context_size is None or not text.pooler:
+            raise UserError("transformers has no BLIP class for this text stack alone, only for one with its pooler")
+        return "BlipTextModel"
     if config.shared_decoder:
         raise UserError(
             "transformers has no class for a pretraining model (shared decoder): choose what it becomes with "
@@ -54,13 +60,16 @@ def _check_answering(config: BLIPConfig) -> None:
 def left_out(config: BLIPConfig, name: str) -> dict[str, str]:
     """Parameters of which transformers' class `name` has no counterpart, and why that is no loss of function."""
     if name == "BlipForImageTextRetrieval" and config.temperature is not None:
-        return {"temperature": f"{name} gives plain cosines"}
+        return {"temperature": f"{name} gives plain cosines (divide them by it: its value is printed above)"}
     return {}
 
 
 def to_hf(config: BLIPConfig, dtype: str) -> dict[str, Any]:
     """The config.json that transformers needs for this architecture."""
     name = hf_class(config)
+    if name in ("BlipVisionModel", "BlipTextModel"):
+        tower = _vision(config) if name == "BlipVisionModel" else _text(config)
+        return {**tower, "architectures": [name], "dtype": dtype}
     joint = config.projection_dim or 256
     return {
         "model_type": "blip",
@@ -103,6 +112,7 @@ def _text(config: BLIPConfig) -> dict[str, Any]:
 
 def _vision(config: BLIPConfig) -> dict[str, Any]:
     vision = config.vision
+    assert vision is not None
     return {
         "model_type": "blip_vision_model",
         "hidden_size": vision.hidden_size,

@@ -57,7 +57,8 @@ class BLIP(Writing, nn.Module):
 
     def setup(self) -> None:
         config, text = self.config, self.config.text
-        self.vision = ViT(config.vision)
+        if config.vision is not None:
+            self.vision = ViT(config.vision)
         if text is not None:
             layers = None
             if config.num_images == 2:
@@ -68,7 +69,7 @@ class BLIP(Writing, nn.Module):
         if config.generative is not None:
             stack = config.generative
             self.lm_head = LMHead(stack.vocab_size, stack.norm_eps, stack.activation, config.tied_lm_head, stack.dtype)
-        if text is None:
+        if text is None or config.vision is None:
             return
         axes, dtype = ("embed", "projection"), jnp.dtype(text.dtype)
         if config.projection_dim is not None:
@@ -150,9 +151,11 @@ class BLIP(Writing, nn.Module):
         request: output_hidden_states, output_attentions) then have a second batch axis N.
 
         Raises:
-          ValueError: another number of images, or another size, than the model is made for.
+          ValueError: no image encoder; another number of images, or another size, than the model is made for.
         """
         config, lead = self.config, image.shape[:-3]
+        if config.vision is None:
+            raise ValueError("image: this model has no image encoder")
         if len(lead) != 1 and (config.num_images == 1 and config.video == "none"):
             raise ValueError(f"image: expected [B, H, W, 3], found {list(image.shape)} (video='none')")
         if config.num_images == 2 and lead[1:] != (2,):
@@ -365,7 +368,7 @@ class BLIP(Writing, nn.Module):
             for name in ("text_projection", "itm_head", "classifier"):
                 if hasattr(self, name):
                     getattr(self, name)(hidden)
-        if config.projection_dim is not None:
+        if config.projection_dim is not None and config.vision is not None:
             self.vision_projection(jnp.zeros((1, config.vision.hidden_size)))
         if config.generative is not None:
             self.lm_logits(jnp.zeros((1, config.generative.hidden_size)))

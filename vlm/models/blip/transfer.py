@@ -62,7 +62,7 @@ def to_task(
     notes = list(source.notes)
     rng = np.random.default_rng(seed)
     for path in missing:
-        fitting[path] = from_array(_initial(path, needed[path].shape, rng))
+        fitting[path] = from_array(initial(path, needed[path].shape, rng))
         notes.append(f"initialised {path} {list(needed[path].shape)} from seed {seed}: the source has none that fits")
     extra = dict(source.extra) if task == "retrieval" else {}
     if source.config.shared_decoder:  # a new run starts at the beginning of the queue
@@ -78,7 +78,8 @@ def _fits(view: TensorView | None, leaf: Any) -> bool:
     return view is not None and view.shape == tuple(leaf.shape)
 
 
-def _initial(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def initial(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A new parameter: kernels N(0, 0.02), biases zero, norms one, the temperature 0.07."""
     kind = path.rpartition("/")[2]
     if kind in ("kernel", "embedding", "class_embedding", "position_embedding"):
         return rng.normal(0.0, 0.02, shape).astype(np.float32)

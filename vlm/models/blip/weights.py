@@ -2,7 +2,8 @@
 
 The authors' .pth files and LAVIS's, which have the same names: pretraining and retrieval (with momentum teacher and
 queues, which become the training state's `extra`), captioning, question answering, NLVR2, classification. Hugging
-Face's: BlipModel, BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval.
+Face's: BlipModel, BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval, and the towers
+alone. ViT (timm, DeiT, Hugging Face) and BERT are read as towers too: pretraining starts from them (`start.assemble`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from vlm.convert.blocks import HF_BLIP, TIMM, bert, fused_vit, linear, norm
+from vlm.convert.blocks import HF_BLIP, TIMM, bert, fused_vit, hf_vit, linear, norm
 from vlm.convert.layouts import Imported, Layout, detect
 from vlm.convert.rules import Rule, equal, export_tensors, import_tensors, prefixed
 from vlm.convert.transforms import INT32, SCALAR, TRANSPOSE, leading_ones, then
@@ -22,11 +23,13 @@ from vlm.errors import UserError
 from vlm.models.blip.config import BLIPConfig
 from vlm.models.blip.hf_config import architecture
 from vlm.models.blip.hf_export import hf_class, left_out, to_hf
+from vlm.models.blip.start import assemble
 from vlm.models.blip.transfer import TASKS, to_task
 
-__all__ = ["EXTRA", "HF_MODEL_TYPES", "LAYOUTS", "TASKS", "Imported", "max_tokens", "read", "to_task", "without"]
+__all__ = ["EXTRA", "HF_MODEL_TYPES", "LAYOUTS", "TASKS", "Imported", "assemble", "max_tokens", "read", "to_task"]
+__all__ += ["without"]
 
-HF_MODEL_TYPES = ("blip",)
+HF_MODEL_TYPES = ("blip", "blip_vision_model", "blip_text_model", "vit", "deit")
 EXTRA = ("teacher", "image_queue", "text_queue", "queue_index", "id_queue")
 """What a model folder keeps of a training state beside the parameters."""
 
@@ -98,6 +101,22 @@ def _lm_head(embedding: str, own_kernel: bool, own_bias: bool) -> list[Rule]:
     ]
 
 
+def _bert(ours: str) -> list[Rule]:
+    """BERT, or BLIP's text stack with its head, saved alone; old files name the norms' parameters gamma and beta."""
+
+    def either(rule: Rule) -> Rule:
+        if "token_type" in rule.foreign:
+            return Rule(rule.foreign, None)
+        names = rule.foreign.replace("LayerNorm.weight", "LayerNorm.(weight|gamma)")
+        return dataclasses.replace(rule, foreign=names.replace("LayerNorm.bias", "LayerNorm.(bias|beta)"))
+
+    rules = prefixed(bert(layers="layer", more=_CROSS | _NORM), "bert.", ours)
+    if ours == "decoder/":
+        head = _lm_head("decoder/token_embedding/embedding", False, False)
+        rules += [dataclasses.replace(rule, foreign=rule.foreign.removeprefix("text_decoder.")) for rule in head]
+    return [*map(either, rules), Rule("cls.seq_relationship.*", None)]
+
+
 def _heads(*names: str) -> list[Rule]:
     paths = {"vision_proj": "vision_projection", "text_proj": "text_projection", "itm_head": "itm_head"}
     paths |= {"cls_head.0": "classifier/dense", "cls_head.2": "classifier/out"}
@@ -164,6 +183,15 @@ def _table(name: str, own_kernel: bool = False, own_bias: bool = False, nlvr: tu
             Rule("visual_projection.weight", "vision_projection/kernel", TRANSPOSE),
             Rule("text_projection.weight", "text_projection/kernel", TRANSPOSE),
         ],
+        "BlipVisionModel": lambda: _vit(HF_BLIP, ""),
+        "BlipTextModel": lambda: _med("", "text/", pooler=True),
+        "BERT with its head": lambda: _bert("decoder/"),
+        "BERT": lambda: _bert("text/"),
+        "ViT (timm)": lambda: [*_vit(TIMM, ""), Rule("(head|head_dist|pre_logits).*", None)],
+        "ViT (Hugging Face)": lambda: [
+            *prefixed(hf_vit(), "(vit.|deit.|)", "vision/"),
+            Rule("(classifier|cls_classifier).*", None),
+        ],
     }
     return tuple(tables[name]())
 
@@ -180,15 +208,24 @@ _MARKS = {
     "BlipForConditionalGeneration": (_HF, r"text_decoder\."),
     "BlipForImageTextRetrieval": (_HF, r"text_encoder\."),
     "BlipModel": (_HF, r"text_model\..*crossattention"),
+    "BlipVisionModel": (r"embeddings\.class_embedding$", r"encoder\.layers\.0\.self_attn\.qkv"),
+    "BlipTextModel": (r"embeddings\.word_embeddings", r"encoder\.layer\.0\.crossattention"),
+    "BERT with its head": (r"bert\.embeddings\.word_embeddings", r"cls\.predictions\.transform"),
+    "BERT": (r"bert\.embeddings\.word_embeddings",),
+    "ViT (timm)": (r"cls_token$", r"blocks\.0\.attn\.qkv"),
+    "ViT (Hugging Face)": (r"(vit\.|deit\.)?embeddings\.cls_token", r".*\.layernorm_before"),
 }
 """The first that fits is it: what a layout's names must contain; what it adds to those below it stands first."""
 
 
 def _title(name: str) -> str:
+    if name.startswith(("BERT", "ViT")):
+        return name
     return f"{name} (Hugging Face)" if name.startswith("Blip") else f"BLIP for {name} (.pth)"
 
 
-LAYOUTS = tuple(Layout(_title(name), marks, _table(name)) for name, marks in _MARKS.items())
+_OTHERS = {"ViT (Hugging Face)": (r"(.*\.)?embeddings\.mask_token",)}  # FLAVA's image tower has the same names
+LAYOUTS = tuple(Layout(_title(name), marks, _table(name), _OTHERS.get(name, ())) for name, marks in _MARKS.items())
 
 
 def read(
@@ -221,7 +258,9 @@ def read(
     rules = _table(name, *_own_head(tensors, notes), nlvr=_merged(tensors))
     views = import_tensors(tensors, rules, None, source=where, partial=True)
     try:
-        built = architecture(config if hf else None, views, notes, hf=hf, overrides=overrides or {})
+        built = architecture(
+            config if hf or name.startswith(("BERT", "ViT")) else None, views, notes, hf=hf, overrides=overrides or {}
+        )
     except KeyError as error:
         import_tensors(tensors, rules, None, source=where)  # raises, unless all that is there is in order
         raise UserError(f"{where}: missing {error.args[0]}, without which sizes are unknown") from None
@@ -309,9 +348,9 @@ def write(
     """
     name = hf_class(config)
     lost = left_out(config, name)
-    params = {path: view for path, view in params.items() if path not in lost}
+    full, params = params, {path: view for path, view in params.items() if path not in lost}
     if notes is not None:
-        notes += [f"left out {path}: {reason}" for path, reason in lost.items()]
+        notes += [f"left out {path} = {float(full[path].read()):.4g}: {reason}" for path, reason in lost.items()]
     rules = _table(name, own_kernel=not config.tied_lm_head)
     dtypes = {str(view.dtype) for view in params.values()}
     tensors = export_tensors(params, rules, target=f"export as {name}", duplicates=not config.tied_lm_head)
