@@ -20,6 +20,10 @@ were pretrained on 129M images (base / large, or base).
 | `…_classification`   | pretrained             | not published     | not published (SNLI-VE with LAVIS' classifier)   |
 | `base_dialog`        | pretrained             | 240               | VisDial v1.0 val MRR 69.41, R@1 56.44            |
 
+Pretraining starts from DeiT (large: a ViT-L/16 of ImageNet-21k) and BERT, put together once; the rest is random:
+
+    python -m vlm.convert deit-base-patch16-224 checkpoints/start_base --text=bert-base-uncased
+
 A task starts from a model of its own kind and image size, made once from a pretrained one, for example
 
     python -m vlm.convert model_base.pth checkpoints/model_base_retrieval --task=retrieval --image-size=384
@@ -100,11 +104,7 @@ def _pretrain(size: str, code: bool) -> ConfigDict:
     kinds = ("coco", "vg", "sbu", "cc3m", "cc12m", "laion")
     config.data.sources = tuple({"kind": "json", "path": f"data/pretrain/{kind}.json"} for kind in kinds)
     config.data.batch_size = batch
-    vision = "deit-base-patch16-224" if size == "base" else "vit-large-patch16-224-in21k"
-    config.init = (
-        {"path": f"checkpoints/{vision}", "include": "vision/.*"},
-        {"path": "checkpoints/bert-base-uncased", "include": "text/.*|lm_head/.*"},
-    )
+    config.init = ({"path": f"checkpoints/start_{size}"},)
     schedule = {"name": "exponential", "decay_rate": 0.9 if code else 0.85, "epoch_steps": steps}
     schedule |= {"warmup_steps": 3000, "start_factor": 1e-6 / peak, "end_factor": 1e-6 / peak}
     config.optimizer = _adamw(peak, schedule)
@@ -291,13 +291,14 @@ def _nlvr_tiny(folder: str) -> ConfigDict:
     config = _nlvr(folder, {**ALONE, "text": True, "itm": True})
     folder = folder or "demo_output"
     config.loss = {"objective": "matching"}
-    config.processor.update({"task": "classification", "max_length": 28, "max_words": 26})
+    config.processor.update({"task": "classification", "max_length": 20, "max_words": 18})
     config.init = ({"path": f"{folder}/nlvr_caption", "include": r"vision/.*|text/(?!layers/decoder_attention).*"},)
+    config.optimizer.groups = (("vision/.*", {"freeze": True}), (".*", {}))
     sources = {"human": 1.0, "statements": 3.0}
     config.data.sources = tuple(
         {"kind": "json", "path": f"{folder}/nlvr/{name}.json", "weight": weight} for name, weight in sources.items()
     )
-    config.train = {"steps": 1000, "log_every": 50, "eval_every": 200}
+    config.train = {"steps": 2000, "log_every": 50, "eval_every": 250}
     test = {"kind": "json", "path": f"{folder}/nlvr/test.json"}
     config.eval = {"nlvr": {"kind": "nlvr2", "head": "match", "data": test, "batch_size": 128}}
     return config

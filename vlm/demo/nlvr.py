@@ -12,7 +12,8 @@ objects off the clean drawings (`parse`) and says what they are, or states somet
 
 A sentence was written for four scenes, true of two of them. So the label that a sentence has in training foretells the
 other one on held-out scenes: who guesses each sentence's majority is right about 31 % of those that have one.
-`balanced` takes that away: every human sentence is as often true as false, those that are only one are left out.
+`balanced` takes that away: every sentence is as often true as false, those that are only one are left out. Generated
+ones are balanced too, so that nothing but the scene tells what is true.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SHARES = {
     "big": {"square": 1.0, "circle": 0.73, "triangle": 0.54},
 }
 """Share of the pixels around an object of each size that have its full colour; soft edges have not."""
-STATEMENTS_PER_COLOURING = 3
+STATEMENTS_PER_COLOURING = 6
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -205,7 +206,7 @@ def _write_train(folder: Path, archive: Path, rng: np.random.Generator) -> list[
             for _ in range(STATEMENTS_PER_COLOURING):
                 text, truth = statement(seen, rng)
                 generated.append({"image": image, "text": text, "label": truth})
-    for name, rows in (("human", balanced(human)), ("statements", generated), ("captions", captions)):
+    for name, rows in (("human", balanced(human)), ("statements", balanced(generated)), ("captions", captions)):
         _write_json(folder / f"{name}.json", rows)
     return [row["text"] for row in (*human, *generated, *captions)]
 
