@@ -1,9 +1,9 @@
 """Converts checkpoints: `python -m vlm.convert SOURCE TARGET [--to=vlm|hf|original] [--task=...] [--dtype=bfloat16]`.
 
-SOURCE is a model folder, a training workdir, a Hugging Face folder or an original .pth/.pt file; what it is follows
-from its files. TARGET is a new folder; with --to=original, of a .pth file with its authors' names. Memory stays near
-the largest tensor, whatever the model's size; a training workdir to hf or original needs the model's size on disk once
-more while it runs.
+SOURCE is a model folder, a training workdir, a Hugging Face folder or an original .pth/.pt/.pkl file; what it is
+follows from its files. TARGET is a new folder; with --to=original, of a .pth file with its authors' names. Memory
+stays near the largest tensor, whatever the model's size; a training workdir to hf or original needs the model's size
+on disk once more while it runs.
 
     python -m vlm.convert BAAI/AltCLIP altclip                     # published weights to ours
     python -m vlm.convert altclip altclip_hf --to=hf               # and back, for transformers
@@ -11,6 +11,8 @@ more while it runs.
     python -m vlm.convert DEIT start --text=BERT_FOLDER            # a new BLIP, to be pretrained
     python -m vlm.convert model_base.pth start --task=vqa --image-size=480          # a pretrained BLIP for a task
     python -m vlm.convert model_base.pth start --task=nlvr --random                 # and what it lacks at random
+    python -m vlm.convert flava_full flava_text --to=hf --drop='(?!text/).*'        # one encoder of a FLAVA
+    python -m vlm.convert encoder.pkl codebook                     # DALL-E's encoder, which names visual words
 
 Tasks of BLIP: caption, retrieval, vqa, nlvr, classification (--labels=N).
 """
