@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(runs, tmp_path_factory):
-    """The final parameters' digest of a run that nobody kills."""
+    """The final state's digest of a run that nobody kills."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for name in ("cold", "warm"):  # compiled, and with the compiled step from the cache
         assert runs(folder / name) == 0, runs.errors

@@ -24,22 +24,27 @@ import numpy as np
 
 from vlm.checkpoint import Checkpoints, saving, steps
 from vlm.errors import exit_on_user_error
+from vlm.models.blip.momentum import advance, update_teacher
 
 STEPS, EVERY = 16, 2
 
 
-def loss(params, batch, key):
+def loss(params, batch, key, queue):
     hidden = jnp.tanh(batch @ params["up"]) * jax.random.bernoulli(key, 0.9, (1, 64))
-    return jnp.mean((hidden @ params["down"] - batch) ** 2)
+    found = hidden @ params["down"]
+    return jnp.mean((found - batch) ** 2) + 0.1 * jnp.mean((found @ queue.T) ** 2)
 
 
 def train_step(state, batch):
-    """Momentum and dropout: one step forgotten, repeated or with another mask changes every later value."""
+    """Momentum, dropout, a teacher's features in a queue: one step forgotten or repeated changes all that follow."""
     key = jax.random.fold_in(jax.random.key(1), state["step"])
-    grads = jax.grad(loss)(state["params"], batch, key)
+    grads = jax.grad(loss)(state["params"], batch, key, state["extra"]["queue"])
     momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state["opt_state"], grads)
     params = jax.tree.map(lambda p, m: p - 0.1 * m, state["params"], momentum)
-    return {"params": params, "opt_state": momentum, "step": state["step"] + 1}
+    teacher = update_teacher(state["extra"]["teacher"], params, 0.9)
+    features = jnp.tanh(batch @ teacher["up"]) @ teacher["down"]
+    extra = advance(state["extra"] | {"teacher": teacher}, {"queue": features})
+    return {"params": params, "opt_state": momentum, "extra": extra, "step": state["step"] + 1}
 
 
 def initial_state():
@@ -47,7 +52,10 @@ def initial_state():
     random = np.random.default_rng(0)
     params = {name: random.standard_normal(shape) / 8 for name, shape in (("up", (8, 64)), ("down", (64, 8)))}
     params = jax.tree.map(np.float32, params)
-    return jax.device_put({"params": params, "opt_state": jax.tree.map(np.zeros_like, params), "step": np.int32(0)})
+    extra = {"teacher": params, "queue": np.zeros((10, 8), np.float32)}  # no multiple of the batch: it wraps around
+    extra |= {"queue_index": np.int32(0), "step": np.int32(0)}
+    state = {"params": params, "opt_state": jax.tree.map(np.zeros_like, params), "extra": extra, "step": np.int32(0)}
+    return jax.device_put(jax.tree.map(np.array, state))  # copies: donated buffers must not be shared
 
 
 def run(workdir: pathlib.Path, file_limit: int | None, progress: int) -> None:
@@ -74,7 +82,7 @@ def run(workdir: pathlib.Path, file_limit: int | None, progress: int) -> None:
             checkpoints.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     checkpoints.close()
-    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state["params"])))
+    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state)))
     (workdir / "final").write_text(digest.hexdigest())
 
 

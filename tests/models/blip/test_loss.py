@@ -223,10 +223,17 @@ def test_shared_parameters_get_the_sum_of_both_uses():
     assert size("itm", "temperature") == 0 < size("itc", "temperature")  # negatives are drawn, not differentiated
 
 
+EIGHT = MeshConfig(4, 2, 1)
+
+
+@functools.cache
+def pretraining_on_eight():
+    return Run("pretrain", EIGHT, group_size=4)
+
+
 def test_eight_devices_equal_one():
-    mesh = MeshConfig(4, 2, 1)
+    mesh, run = EIGHT, pretraining_on_eight().reset()
     _, expected, whole = pretraining()
-    run = Run("pretrain", mesh, group_size=4)
     found = [run.step(seed) for seed in range(3)]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
@@ -252,13 +259,20 @@ def test_resumed_equals_uninterrupted(tmp_path):
     run.reset().step(0)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, run.state, {"step": 1}, "hash", wait=True)
-    restored, step, _ = checkpoints.restore(sharding.abstract(run.placements, run.mesh))
+    eight = pretraining_on_eight()
+    restored = [checkpoints.restore(sharding.abstract(each.placements, each.mesh)) for each in (run, eight)]
     checkpoints.close()
-    assert step == 1
-    run.state = restored
-    for seed in (1, 2):
-        run.step(seed)
+    for each, (state, step, _) in zip((run, eight), restored, strict=True):
+        assert step == 1
+        each.state = state
+        for seed in (1, 2):
+            each.step(seed)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.state), expected)
+    for part in ("params", "extra"):  # on another mesh: teacher and queue are spread anew
+        theirs = flatten(getattr(expected, part))
+        for path, value in flatten(jax.device_get(getattr(eight.state, part))).items():
+            if not path.endswith(UNSEEN):
+                np.testing.assert_allclose(value, theirs[path], atol=1e-5, rtol=1e-5, err_msg=path)
 
 
 def test_micro_batches_pass_the_teacher_on():
