@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,7 @@ body { margin: 0 auto; max-width: 1180px; padding: 2.5rem 1.5rem 4rem; color: va
   sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
 h2 { font-size: 1.3rem; margin: 3rem 0 .2rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.8rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.8rem 0 .6rem; } details { margin: 1.2rem 0; } summary { cursor: pointer; }
 p, dl { margin: .2rem 0; } .soft, dt { color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .87rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -98,14 +99,14 @@ def facts(values: Iterable[tuple[str, object]]) -> str:
 
 def figure(name: str, value: float, interval: tuple[float, float] | None = None) -> str:
     """One number, with its confidence interval."""
-    show = (lambda value: f"{value:g}") if name.endswith("rank") else number
+    show = (lambda value: f"{value:g}") if name.endswith("rank") else functools.partial(number, name=name)
     small = "" if interval is None else f"<small>95 %: {show(interval[0])} to {show(interval[1])}</small>"
     return f"<div><small>{html.escape(name)}</small><b>{show(value)}</b>{small}</div>"
 
 
-def number(value: float) -> str:
-    """A share as a percentage."""
-    return "–" if value != value else f"{100 * value:.1f} %"
+def number(value: float, name: str = "") -> str:
+    """A share as a percentage; CIDEr, which is none and may exceed 1, a hundredfold as in papers."""
+    return "–" if value != value else f"{100 * value:.1f}{'' if name.endswith('cider') else ' %'}"
 
 
 def page(title: str, body: str) -> str:

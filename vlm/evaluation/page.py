@@ -43,11 +43,12 @@ def render(results: Mapping[str, Result], about: Mapping[str, Any]) -> str:
 
     Args:
       results: by name of the evaluation.
-      about: what was evaluated (checkpoint, step, versions, …), shown on top.
+      about: what was evaluated (checkpoint, step, versions, …), folded under the summary.
     """
     place = {kind: number for number, kind in enumerate(SECTIONS)}
     results = dict(sorted(results.items(), key=lambda item: place.get(item[1].kind, len(place))))
-    parts = [f"<header><h1>{html.text('Evaluation')}</h1>", html.facts(_origin(about)), "</header>", _summary(results)]
+    origin = f"<details><summary>How this was made</summary>{html.facts(_origin(about))}</details>"
+    parts = [f"<header><h1>{html.text('Evaluation')}</h1>", _summary(results), origin, "</header>"]
     for number, (name, result) in enumerate(results.items()):
         language = str(result.details.get("language", ""))
         parts.append(f'<section id="e{number}"><h2>{html.text(name)}</h2>')
@@ -89,7 +90,7 @@ def _headline(result: Result) -> str:
     if result.kind == "embeddings":
         return " · ".join(f"{value:,.0f} {key}" for key, value in result.metrics.items())
     first = [key for key in HEADLINES if key in result.metrics]
-    return " · ".join(f"{_words(key)} {html.number(result.metrics[key])}" for key in first[:3])
+    return " · ".join(f"{_words(key)} {html.number(result.metrics[key], key)}" for key in first[:3])
 
 
 def _sentence(result: Result) -> str:
@@ -238,6 +239,7 @@ def _texts(result: Result, language: str) -> str:
     judged = any(card["correct"] is not None for card in show["cards"])
     cards = [card | {"correct": bool(card["correct"])} for card in show["cards"]]
     note = "at most half of them wrong ones" if judged else "not judged"
+    note = f"{note}; bold: the model's words, below: people's" if any(card["wanted"] for card in cards) else note
     parts = [f'<h3>Predictions <span class="soft">({note})</span></h3>', '<div class="grid">']
     for card in _mixed(cards, show["pictures"]):
         kind, sign = (("good", "✓ ") if card["correct"] else ("bad", "✗ ")) if judged else ("", "")
@@ -252,9 +254,12 @@ def _texts(result: Result, language: str) -> str:
 
 
 def _pictures(source: Source, index: int) -> str:
-    """The picture of an example, or the first few of them."""
+    """The picture of an example, or the first few of them; nothing for an example that is text alone."""
     try:
-        data = source[index]["image"]
+        example = source[index]
+        if example.get("image") is None:
+            return ""
+        data = example["image"]
         several = list(data)[:FRAMES] if isinstance(data, (list, tuple)) else [data]
         return "".join(html.picture(decode(item)) for item in several)
     except (UserError, KeyError):
@@ -279,4 +284,5 @@ SECTIONS: dict[str, Callable[[Result, str], str]] = {
     "captions": _texts,
     "vqa": _texts,
     "nlvr2": _texts,
+    "classification": _texts,
 }
