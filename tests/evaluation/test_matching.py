@@ -60,7 +60,7 @@ def test_equals_a_loop_over_pairs(tiny_blip, spec, mesh8):
     metrics = evaluation.run({"r": spec}, model, params, processor, progress=False)
     assert {key: metrics[key] for key in expected} == pytest.approx(expected)
     direct = retrieval.recall(
-        retrieval.ranks(compared.image_embeds, compared.text_embeds, np.arange(7)), (1, 2)
+        retrieval.ranks(*map(np.asarray, (compared.image_embeds, compared.text_embeds)), np.arange(7)), (1, 2)
     )  # of the embeddings alone
     assert {key: metrics[f"r/itc/{key}"] for key in direct} == pytest.approx(direct)
     both = [metrics[f"r/{way}_mean_recall"] for way in ("image_to_text", "text_to_image")]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, along_last
 from vlm.layers.linear import param
 
 
@@ -62,9 +62,10 @@ class Conv(nn.Module):
         kernel = param(self, "kernel", init, shape, (None, None, None, None))
         bias = param(self, "bias", nn.initializers.zeros_init(), shape[3:], (None,))
         if self.side == 1:
-            return jnp.dot(x, kernel[0, 0]) + bias
+            return jnp.dot(x, kernel[0, 0]) + along_last(bias, x)
         layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout) + bias
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+        return y + along_last(bias, y)
 
 
 class Block(nn.Module):

@@ -104,7 +104,7 @@ class Ranker:
 
 
 @jax.jit
-def _first_losses(logits: jax.Array, ids: jax.Array, smoothing: float) -> tuple[jax.Array, jax.Array]:
+def _first_losses(logits: jax.Array, ids: jax.Array, smoothing: jax.Array | float) -> tuple[jax.Array, jax.Array]:
     """Of each token `ids` as the first: log-probability and smoothed cross-entropy, [B, ids]."""
     logits = logits.astype(jnp.float32)
     normaliser, chosen = jax.nn.logsumexp(logits, axis=-1, keepdims=True), logits[:, ids]

@@ -291,7 +291,7 @@ def test_pretraining_runs_one_stack_in_three_ways(pretraining, images):
     np.testing.assert_allclose(compared.logits_per_text, compared.logits_per_image.T)
 
     grounded = _stack(model, params, "text", enc, MASK, context=states)[:, 0]
-    scores = grounded @ params["itm_head"]["kernel"] + params["itm_head"]["bias"]
+    scores = np.asarray(grounded @ params["itm_head"]["kernel"]) + np.asarray(params["itm_head"]["bias"])
     np.testing.assert_allclose(found.itm_score, scores, atol=1e-5)
     decoded = _stack(model, params, "text", dec, MASK, context=states, causal=True)
     logits = _apply(model, params, decoded, method="lm_logits")

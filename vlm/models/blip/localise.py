@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm.errors import UserError
 from vlm.fusion.med import MedConfig, MedLayer
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, along_last
 from vlm.layers.attention import Attention, attention_weights
 from vlm.layers.masks import padding_mask
 from vlm.layers.mlp import MLP
@@ -126,7 +126,8 @@ def _layer(
 
     def linear(name: str, x: jax.Array) -> jax.Array:
         part = params["cross_attention"][name]
-        return x.astype(dtype) @ part["kernel"].astype(dtype) + part["bias"].astype(dtype)
+        product = x.astype(dtype) @ part["kernel"].astype(dtype)
+        return product + along_last(part["bias"].astype(dtype), product)
 
     attention = Attention(heads, config.head_dim, dtype=dtype)
     branch = attention.apply({"params": params["attention"]}, hidden, visible)[0]  # pyright: ignore

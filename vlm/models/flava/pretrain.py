@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm.encoders.output import EncoderOutput
 from vlm.errors import UserError
@@ -70,7 +70,9 @@ def masked_positions(
     return order, jnp.take_along_axis(selected, order, axis=1)
 
 
-def grouped_mean(values: Float[AnyArray, "b ..."], keep: Bool[AnyArray, "b ..."], size: int | None) -> Float[Array, ""]:
+def grouped_mean(
+    values: Shaped[AnyArray, "b ..."], keep: Bool[AnyArray, "b ..."], size: int | None
+) -> Float[Array, ""]:
     """The mean of the kept values of every `size` rows, averaged over the groups; a group without any counts as 0."""
     rows = len(values) // (len(values) if size is None else size)
     values, keep = (jnp.asarray(x, jnp.float32).reshape(rows, -1) for x in (values, keep))
@@ -115,7 +117,9 @@ class _Step:
             embeds: Any = [normalise(self.apply(model.project, name, output)) for name, output in towers]
             shares = positive / self._groups(positive)
             scale = jnp.exp(self.params["logit_scale"])
-            value = contrastive(*embeds, scale, weights=shares, candidate_gradients=config.candidate_gradients)
+            value = contrastive(
+                embeds[0], embeds[1], scale, weights=shares, candidate_gradients=config.candidate_gradients
+            )
             cosine = jnp.sum(embeds[0] * embeds[1], axis=-1)
             terms |= {"contrastive": value, "logit_scale": scale, "positive_cosine": jnp.sum(shares * cosine)}
         if fused:
