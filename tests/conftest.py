@@ -120,6 +120,50 @@ def tiny_blip(scenes_folder):
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_flava(scenes_folder):
+    """By its classifier's input and outputs (None: without one): a random FLAVA (module, parameters, processor)."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vlm.demo import scenes
+    from vlm.models import get_family
+    from vlm.sharding import unbox
+    from vlm.strict import build
+    from vlm.tree import flatten, unflatten
+
+    family, made = get_family("flava"), {}
+    width = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 12}
+    parts = {
+        "vision": {**width, "image_size": 24, "patch_size": 8},
+        "text": {**width, "vocab_size": len(scenes.vocabulary()), "max_length": 24},
+        "fusion": width,
+    }
+    alone = {"text": {"vision": None, "fusion": None}, "image": {"text": None, "fusion": None}}
+
+    def make(reads=None, outputs=2, task="classification", **settings):
+        name = reads, outputs, task, *sorted(settings.items())
+        if name not in made:
+            model = {**parts, "codebook": None, "projection_dim": 6}
+            if reads is not None:
+                model |= {"projection_dim": None, "heads": False, **alone.get(reads, {})}
+                model["classifier"] = {"num_labels": outputs, "input": reads, "hidden_size": 6}
+            config = build(family.config_type, model, "model")
+            module = family.module(config)
+            shapes = jax.eval_shape(lambda key: module.init(key, **family.example(config))["params"], jax.random.key(0))
+            rng = np.random.default_rng(1)
+            flat = flatten(unbox(shapes))
+            params = unflatten({path: jnp.asarray(_random(path, x.shape, rng)) for path, x in flat.items()})
+            image = {"size": 24, "crop": None, "mode": "exact"}
+            lengths = {"max_length": 20, "text_length": 20, "patch_size": 8, "codebook_size": None}
+            given = {"task": task, "image": image, "tokenizer": str(scenes_folder / "tokenizer"), **lengths, **settings}
+            made[name] = module, params, family.processor.from_config(build(family.processor_type, given, "processor"))
+        return made[name]
+
+    return make
+
+
 def _random(path, shape, rng):
     """Large enough that every image gets its own answer."""
     import numpy as np
@@ -127,7 +171,7 @@ def _random(path, shape, rng):
     noise = rng.normal(size=shape).astype(np.float32)
     if path.endswith("token_embedding/embedding"):  # of one length, or the longest would always win
         return 3 * noise / np.linalg.norm(noise, axis=-1, keepdims=True)
-    if path == "lm_head/bias":
+    if path in ("lm_head/bias", "classifier/out/bias"):
         return 0 * noise
     if path == "temperature":
         return np.abs(noise) + 0.1

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ class ColourModel:
 
     def apply(self, variables, *inputs, method):
         params = variables["params"]
+        if method == "encode_image_states":
+            return types.SimpleNamespace(last_hidden_state=jnp.mean(inputs[0], axis=(1, 2))[:, None])
         if method == "encode_image":
             return jnp.mean(inputs[0], axis=(1, 2)) @ params["projection"]
         tokens, mask = inputs

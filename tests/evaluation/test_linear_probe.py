@@ -1,8 +1,10 @@
 """The linear probe learns what the embeddings hold, and says what it did."""
 
+import numpy as np
 import pytest
 
 from vlm.errors import UserError
+from vlm.evaluation import logistic
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.evaluator import Sampling
 from vlm.evaluation.linear_probe import LinearProbe, LinearProbeConfig
@@ -36,3 +38,22 @@ def test_wrong_inputs(model, params, processor, colours):
         LinearProbeConfig(spec, spec, penalty=0.0)
     with pytest.raises(UserError, match="at least 5 training images"):
         prepare(spec, spec)(Embedder(model, params, processor))
+
+
+def test_class_tokens_and_a_validation_source(model, params, processor, colours, monkeypatch):
+    parts = {name: colours(count=n, noise=60, name=name)[0] for name, n in (("train", 30), ("valid", 10), ("test", 15))}
+    settings = {"features": "class_token", "validation_data": parts["valid"], "max_iterations": 20}
+    task, seen, progress = prepare(parts["train"], parts["test"], **settings), [], []
+    fit = logistic.fit
+    monkeypatch.setattr(
+        logistic, "fit", lambda features, *rest, **more: seen.append(features) or fit(features, *rest, **more)
+    )
+    embedder = Embedder(model, params, processor)
+    task.check(embedder)
+    result = task(embedder, progress.append)
+    assert {len(features) for features in seen[:-1]} == {30} and len(seen[-1]) == 40  # refitted on both parts
+    assert progress == sorted(progress) and progress[-1] == 55
+    # The class token of a colour is its mean, as it is: not projected, not of unit length.
+    means = np.stack([image.mean((0, 1)) for image, _ in colours(count=30, noise=60, name="again")[1]])
+    np.testing.assert_allclose(seen[-1][:30], means, atol=1e-6)
+    assert result.metrics["top1"] >= 0.8 and result.details["features"] == "class_token"

@@ -1,15 +1,16 @@
-"""Evaluation: zero-shot classification, retrieval, linear probe, embeddings, captions, answers, true or false.
+"""Evaluation: zero-shot, retrieval, linear probe, embeddings, captions, answers, true or false, classifiers.
 
     config.eval = {
         "imagenet_zh": {"kind": "zero_shot", "data": {source}, "classnames": FILE, "templates": FILE, "language": "zh"},
         "flickr30k": {"kind": "retrieval", "data": {source}, "captions": 5},
-        "pets_probe": {"kind": "linear_probe", "train": {source}, "data": {source}},
+        "pets_probe": {"kind": "linear_probe", "train": {source}, "data": {source}, "features": "class_token"},
         "embeddings": {"kind": "embeddings", "data": {source}, "text": "text"},
         "coco": {"kind": "captions", "data": {source}},
         "nocaps": {"kind": "captions", "data": {source}, "preset": "nocaps", "domain": "domain"},
         "vqa": {"kind": "vqa", "data": {source}, "mode": "rank", "answer_list": FILE},
         "coco_retrieval": {"kind": "matching_retrieval", "data": {source}, "text": "caption", "shortlist": 256},
         "nlvr2": {"kind": "nlvr2", "data": {source}},
+        "mrpc": {"kind": "classification", "data": {source}, "text_pair": "text_pair", "metrics": ("accuracy", "f1")},
     }
 
 `run` is what train.py and eval.py call. The mathematics of the metrics is in `classification`, `retrieval` and

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,12 @@ from vlm.evaluation.feed import Advance, Feed, Note, blank_images, pictures_of, 
 
 TEXT_GROUP = 8192
 LENGTH_STEP = 16
+
+Features = Literal["embedding", "class_token"]
+"""What of an image: its unit vector in the joint space, or the last state of the image encoder's class token."""
+
+
+_METHODS: dict[str, str] = {"embedding": "encode_image", "class_token": "encode_image_states"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +68,25 @@ class Embedder:
         """Rows of a batch over all devices."""
         return self.feed.rows
 
-    def check(self, *, images: bool = True, texts: bool = True) -> None:
-        """Traces the model on one blank image and one text, without running it.
+    def check(self, *, images: bool = True, texts: bool = True, features: Features = "embedding") -> None:
+        """Traces the model on one blank image, for `features`, and one text, without running it.
 
         Raises:
           UserError: it has no such tower or projection, its parameters do not fit, or the processor lacks a part.
         """
         calls: list[tuple[str, Any]] = []
         if images:
-            calls.append(("encode_image", self.processor(images=blank_images())))
+            calls.append((_METHODS[features], self.processor(images=blank_images())))
         if texts:
             calls.append(("encode_text", self.processor(texts=["a"])))
         for method, batch in calls:
-            names = ("image",) if method == "encode_image" else ("tokens", "mask")
+            names = ("tokens", "mask") if method == "encode_text" else ("image",)
             found = [np.asarray(batch[name]) for name in names]
             inputs = tuple(jax.ShapeDtypeStruct((self.rows, *array.shape[1:]), array.dtype) for array in found)
             apply = functools.partial(_apply, self.model, method, None)
-            trace(method.replace("_", " an "), apply, self.params, inputs)
+            shape = trace(method.replace("_", " an ", 1).replace("_", " "), apply, self.params, inputs).shape
+            if len(shape) != 2:
+                raise UserError(f"{method}: expected one vector per example, found an array of shape {shape}")
 
     def pictures(self, paths: Sequence[str | Path]) -> Float[np.ndarray, "n d"]:
         """Unit embeddings of picture files, in order; on one host.
@@ -96,9 +104,13 @@ class Embedder:
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
     def images(
-        self, source: Source, note: Callable[[dict[str, Any]], Note], advance: Advance | None = None
+        self,
+        source: Source,
+        note: Callable[[dict[str, Any]], Note],
+        advance: Advance | None = None,
+        features: Features = "embedding",
     ) -> Iterator[tuple[Float[np.ndarray, "n d"], list[Note]]]:
-        """Yields the unit embeddings of the readable images in order, a batch at a time, with their notes.
+        """Yields the features of the readable images in order, a batch at a time, with their notes.
 
         Args:
           note: what to keep of a raw example, as JSON can hold it. Its position is added as "index".
@@ -108,7 +120,7 @@ class Embedder:
           UserError: an example that `note` refuses, or every image is unreadable.
         """
         for fed in self.feed.examples(source, self._image, note, advance):
-            yield self._encode("encode_image", [fed.local["image"]], valid=fed.valid), fed.notes
+            yield self._encode(_METHODS[features], [fed.local["image"]], valid=fed.valid), fed.notes
 
     def all_images(
         self,
@@ -116,19 +128,21 @@ class Embedder:
         note: Callable[[dict[str, Any]], Note],
         advance: Advance | None = None,
         key: str | None = None,
+        features: Features = "embedding",
     ) -> tuple[Float[np.ndarray, "n d"], list[Note]]:
         """What `images` yields, as one array and one list.
 
         Args:
-          key: says which images these are; where it is the last call's, their embeddings are not computed again.
+          key: says which images these are; where it is the last call's, their features are not computed again.
         """
+        key = None if key is None else f"{features}:{key}"
         if key is not None and key in self.memory:
             embeds, indices = self.memory[key]
             notes = [{"index": index, **note(source[index])} for index in indices]
             if advance is not None:
                 advance(len(source))
             return embeds, notes
-        parts = list(self.images(source, note, advance))
+        parts = list(self.images(source, note, advance, features))
         embeds, notes = np.concatenate([embeds for embeds, _ in parts]), [note for _, notes in parts for note in notes]
         if key is not None:
             self.memory.clear()
@@ -173,16 +187,19 @@ class Embedder:
         embeds = embeds if valid is None else embeds[valid]
         bad = int((~np.isfinite(embeds).all(axis=1)).sum())
         if bad:
-            what = method.removeprefix("encode_")
-            raise UserError(
-                f"{bad} of {len(embeds)} {what} embeddings are not finite unit vectors: has training diverged?"
-            )
+            what = {"encode_image": "image embeddings", "encode_text": "text embeddings"}.get(method, "image states")
+            finite = "finite" if method == _METHODS["class_token"] else "finite unit vectors"
+            raise UserError(f"{bad} of {len(embeds)} {what} are not {finite}: has training diverged?")
         return embeds
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _apply(model: Any, method: str, target: Any, params: Any, inputs: Any) -> jax.Array:
-    """Unit embeddings, replicated on every device so that every host can read all of them."""
-    embeds = jnp.asarray(model.apply({"params": params}, *inputs, method=method), jnp.float32)
-    embeds /= jnp.linalg.norm(embeds, axis=-1, keepdims=True)
+    """Unit embeddings, or class tokens, replicated on every device so that every host can read all of them."""
+    found = model.apply({"params": params}, *inputs, method=method)
+    if method == _METHODS["class_token"]:
+        embeds = jnp.asarray(found.last_hidden_state[:, 0], jnp.float32)
+    else:
+        embeds = jnp.asarray(found, jnp.float32)
+        embeds /= jnp.linalg.norm(embeds, axis=-1, keepdims=True)
     return embeds if target is None else jax.lax.with_sharding_constraint(embeds, target)

@@ -1,7 +1,8 @@
 """Embedding extraction: a data set's image and text embeddings as sharded .npy files, with what each row belongs to.
 
-image-00000-of-00003.npy    float32[rows, D], unit vectors        image-00000-of-00003.jsonl   one line per row:
+image-00000-of-00003.npy    float32[rows, D], unit vectors¹       image-00000-of-00003.jsonl   one line per row:
 text-00000-of-00012.npy     the same for texts                    {"index", "key"} and, for texts, {"text"}
+¹ or the image encoder's class tokens, as they are
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from vlm.checkpoint.processes import from_primary, is_primary
 from vlm.data.source import Source
-from vlm.evaluation.embed import Advance, Embedder, Note
+from vlm.evaluation.embed import Advance, Embedder, Features, Note
 from vlm.evaluation.evaluator import Result, open_task
 from vlm.evaluation.image_text import texts_of
 
@@ -29,11 +30,13 @@ class ExtractConfig:
     Attributes:
       data: a source whose examples have an image and, if `text` is set, texts.
       text: the field with the text or texts to embed as well; None: images only.
+      features: of images, see `vlm.evaluation.embed.Features`.
       shard_size: rows per file.
     """
 
     data: dict[str, Any]
     text: str | None = None
+    features: Features = "embedding"
     shard_size: int = 100_000
 
     def __post_init__(self) -> None:
@@ -68,13 +71,17 @@ class Extract:
         """Whether the model's text tower is needed."""
         return self.config.text is not None
 
+    def check(self, embedder: Embedder) -> None:
+        """Traces the model; raises UserError where it cannot embed these."""
+        embedder.check(texts=self.uses_text, features=self.config.features)
+
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Embeds everything; the first process writes, and when it cannot, all of them stop."""
         images = _Shards(self.folder, "image", self.config.shard_size)
         texts = _Shards(self.folder, "text", self.config.shard_size)
         count = 0
         try:
-            for embeds, notes in embedder.images(self.source, self.note, advance):
+            for embeds, notes in embedder.images(self.source, self.note, advance, self.config.features):
                 count += len(notes)
                 images.add(embeds, [{"index": note["index"], "key": note["key"]} for note in notes])
                 rows = [
@@ -88,6 +95,7 @@ class Extract:
             texts.discard()
         metrics = {"images": float(images.count), "texts": float(texts.count)}
         details = {"data_fingerprint": self.source.fingerprint, "width": images.width, "files": files}
+        details["features"] = self.config.features
         return Result("embeddings", metrics, {}, count, len(self.source) - count, details)
 
     def note(self, example: Mapping[str, Any]) -> Note:

@@ -1,4 +1,8 @@
-"""Linear probe: logistic regression on frozen image embeddings, its penalty chosen on a validation part."""
+"""Linear probe: logistic regression on frozen image features, its penalty chosen on a validation part.
+
+The protocol of CLIP (Radford et al. 2021, appendix A.3) and FLAVA (Singh et al. 2022): at most 1,000 iterations of
+L-BFGS, penalties from 1e-6 to 1e6, and a last fit on training and validation part together.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ import numpy as np
 from vlm.data.source import Source
 from vlm.errors import UserError
 from vlm.evaluation import classification, logistic
-from vlm.evaluation.embed import Advance, Embedder
+from vlm.evaluation.embed import Advance, Embedder, Features
 from vlm.evaluation.evaluator import Result, Sampling, class_number, first_note, open_data
+from vlm.evaluation.feed import Note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +28,20 @@ class LinearProbeConfig:
     Attributes:
       train, data: sources to fit on and to test on, whose examples have an image and an integer label.
       label: the field with the class number.
-      penalty: of the squared kernel (scikit-learn's 1 / C); None sweeps it and then fits again on all of `train`.
-      validation: share of `train` that the sweep is judged on (every n-th example).
+      features: "embedding", the unit vector in the joint space, or "class_token", the last state of the image encoder's
+        class token (as the FLAVA paper does).
+      penalty: of the squared kernel (scikit-learn's 1 / C); None sweeps it and then fits again on all there is to fit.
+      validation_data: a source that the sweep is judged on, where the data set has such a part; else
+      validation: share of `train` that it is judged on (every n-th example).
       solver: "lbfgs" is optax's; "sklearn" scikit-learn's (extra `probe`).
     """
 
     train: dict[str, Any]
     data: dict[str, Any]
     label: str = "label"
+    features: Features = "embedding"
     penalty: float | None = None
+    validation_data: dict[str, Any] | None = None
     validation: float = 0.2
     solver: Literal["lbfgs", "sklearn"] = "lbfgs"
     max_iterations: int = 1000
@@ -51,10 +61,11 @@ class LinearProbe:
     config: LinearProbeConfig
     train: Source
     source: Source
+    validation: Source | None = None
 
     @classmethod
     def prepare(cls, config: LinearProbeConfig, path: str, limit: int | None = None) -> LinearProbe:
-        """Opens both sources and looks at their first labels.
+        """Opens the sources and looks at their first labels.
 
         Raises:
           UserError: one of them is wrong, or scikit-learn is asked for and not installed.
@@ -65,31 +76,50 @@ class LinearProbe:
             except ImportError:
                 raise UserError(f"{path}.solver: 'sklearn' needs scikit-learn: pip install 'vlm[probe]'") from None
         train = open_data(config.train, f"{path}.train", limit)
-        task = cls(config, train, open_data(config.data, f"{path}.data", limit))
-        for source in (task.train, task.source):
+        validation = None
+        if config.validation_data is not None:
+            validation = open_data(config.validation_data, f"{path}.validation_data", limit)
+        task = cls(config, train, open_data(config.data, f"{path}.data", limit), validation)
+        for source in task._sources:
             first_note(source, task._note)
         return task
 
     @property
+    def _sources(self) -> list[Source]:
+        return [source for source in (self.train, self.validation, self.source) if source is not None]
+
+    @property
     def size(self) -> int:
         """Number of images."""
-        return len(self.train) + len(self.source)
+        return sum(map(len, self._sources))
 
     @property
     def uses_text(self) -> bool:
         """Whether the model's text tower is needed."""
         return False
 
+    def check(self, embedder: Embedder) -> None:
+        """Traces the model; raises UserError where it has no such features."""
+        embedder.check(texts=False, features=self.config.features)
+
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
-        """Embeds both parts, fits, and classifies the test part."""
-        features, notes = embedder.all_images(self.train, self._note, advance)
-        further = None if advance is None else lambda done: advance(len(self.train) + done)
-        test_features, test_notes = embedder.all_images(self.source, self._note, further)
+        """Embeds all parts, fits, and classifies the test part."""
+        parts: list[tuple[np.ndarray, list[Note]]] = []
+        done = 0
+        for source in self._sources:
+            further = None if advance is None else functools.partial(_shifted, advance, done)
+            parts.append(embedder.all_images(source, self._note, further, features=self.config.features))
+            done += len(source)
+        (test_features, test_notes), fitted = parts[-1], parts[:-1]
+        features, notes = np.concatenate([part for part, _ in fitted]), [note for _, part in fitted for note in part]
         labels, test_labels = (np.array([note["label"] for note in part]) for part in (notes, test_notes))
         count = int(max(labels.max(), test_labels.max())) + 1
         penalty, looked_at = self.config.penalty, {}
         if penalty is None:
-            penalty, looked_at = self._sweep(features, labels, count)
+            held_out = (
+                self._held_out(len(labels)) if self.validation is None else _after(len(fitted[0][1]), len(labels))
+            )
+            penalty, looked_at = self._sweep(features, labels, count, held_out)
         kernel, bias = self._fit(features, labels, count, penalty)
         scores = test_features @ kernel + bias
         ranks = classification.label_ranks(scores, test_labels)
@@ -102,7 +132,9 @@ class LinearProbe:
             "penalty": penalty,
             "sweep": {f"{value:.6g}": score for value, score in looked_at.items()},
             "solver": self.config.solver,
+            "features": self.config.features,
             "train_examples": len(notes),
+            "classes": count,
             "data_fingerprint": self.source.fingerprint,
             "train_fingerprint": self.train.fingerprint,
         }
@@ -120,13 +152,17 @@ class LinearProbe:
             ],
         )
 
-    def _sweep(self, features: np.ndarray, labels: np.ndarray, count: int) -> tuple[float, dict[float, float]]:
+    def _held_out(self, count: int) -> np.ndarray:
         # Every n-th example, so that a source sorted by class is split within each class.
         step = max(2, round(1 / self.config.validation))
-        held_out = np.arange(len(labels)) % step == step - 1
+        held_out = np.arange(count) % step == step - 1
         if not held_out.any():
-            raise UserError(f"linear probe: expected at least {step} training images for a sweep, found {len(labels)}")
+            raise UserError(f"linear probe: expected at least {step} training images for a sweep, found {count}")
+        return held_out
 
+    def _sweep(
+        self, features: np.ndarray, labels: np.ndarray, count: int, held_out: np.ndarray
+    ) -> tuple[float, dict[float, float]]:
         def score(penalty: float) -> float:
             kernel, bias = self._fit(features[~held_out], labels[~held_out], count, penalty)
             predictions = np.argmax(features[held_out] @ kernel + bias, axis=1)
@@ -145,3 +181,11 @@ class LinearProbe:
     def _note(self, example: Mapping[str, Any]) -> dict[str, Any]:
         label = class_number(example, self.config.label)
         return {"key": str(example.get("key")), "label": label}
+
+
+def _after(first: int, count: int) -> np.ndarray:
+    return np.arange(count) >= first
+
+
+def _shifted(advance: Advance, before: int, done: int) -> None:
+    advance(before + done)

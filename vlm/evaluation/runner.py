@@ -17,6 +17,7 @@ from vlm.checkpoint.processes import from_primary
 from vlm.errors import UserError, did_you_mean
 from vlm.evaluation import results as files
 from vlm.evaluation.captions import Captions, CaptionsConfig
+from vlm.evaluation.classify import Classification, ClassificationConfig
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.evaluator import Checks, Evaluator, Result
 from vlm.evaluation.extract import Extract, ExtractConfig
@@ -38,6 +39,7 @@ KINDS: dict[str, tuple[type, Any]] = {
     "vqa": (VqaConfig, Vqa),
     "matching_retrieval": (MatchingConfig, MatchingRetrieval),
     "nlvr2": (Nlvr2Config, Nlvr2),
+    "classification": (ClassificationConfig, Classification),
 }
 REPORT_SECONDS = 10.0
 

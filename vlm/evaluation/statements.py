@@ -17,6 +17,7 @@ from vlm.evaluation import classification
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.evaluator import Result, Sampling, field, open_task, parse_class
 from vlm.evaluation.feed import Advance, Note, blank_images, pictures_of, trace
+from vlm.evaluation.heads import has_head, head_scores
 from vlm.evaluation.image_text import texts_of
 from vlm.evaluation.metrics.nlvr2 import sentence
 
@@ -111,7 +112,7 @@ class Nlvr2:
     def _head(self, model: Any) -> str:
         if self.config.head != "auto":
             return self.config.head
-        return "match" if getattr(getattr(model, "config", None), "num_labels", None) is None else "classify"
+        return "classify" if has_head(model, "classify") else "match"
 
     def _result(self, rows: list[dict[str, Any]], head: str) -> Result:
         labels, predictions = (np.array([int(row[name]) for row in rows]) for name in ("label", "prediction"))
@@ -169,8 +170,7 @@ def _sentence(row: Mapping[str, Any]) -> str:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def judge(model: Any, head: str, params: Any, image: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Probability [B], or [B, A] of several texts per image, that each statement is true."""
-    states = model.apply({"params": params}, image, method="encode_image_states").last_hidden_state
-    logits = model.apply({"params": params}, tokens, mask, states, method=head)
+    logits = head_scores(model, head, params, {"image": image, "tokens": tokens, "mask": mask})
     if logits.shape[-1] != 2:
         return jnp.zeros((*logits.shape, 0))
-    return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[..., 1]
+    return jax.nn.softmax(logits, axis=-1)[..., 1]

@@ -1,4 +1,4 @@
-"""Visual question answering: answers written freely or chosen from a list, with the official accuracy."""
+"""Visual question answering: answers written freely, chosen from a list or classes, with the official accuracy."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from vlm.data.source import Source
 from vlm.errors import UserError
 from vlm.evaluation.answers import Ranker
 from vlm.evaluation.captions import pixels
+from vlm.evaluation.classify import check_classifies, classify
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.evaluator import Result, Sampling, field, open_task
 from vlm.evaluation.feed import Advance, Note
+from vlm.evaluation.heads import head_inputs
 from vlm.evaluation.image_text import texts_of
 from vlm.evaluation.metrics import vqa as metric
 from vlm.evaluation.writing import Writer, check_writes, generation_config, question_rows
@@ -31,8 +33,9 @@ class VqaConfig:
       data: a source whose examples have an image, a question and, to be scored, people's answers.
       question, answers, question_id: the fields; `answers` None: answers are given and not scored (test sets). Where
         examples have no `question_id` it is their position.
-      mode: "generate", or "rank" the answers of a list.
-      answer_list: a file with a JSON list of different answers, or the answers, to rank.
+      mode: "generate", "rank" the answers of a list, or "classify": each output of the classifier is an answer.
+      answer_list: a file with a JSON list of different answers, or the answers, to rank, or of the outputs; None with
+        "classify": those of the processor.
       shortlist: how many answers, those with the most probable first token, are ranked whole (published: 128).
       label_smoothing: of the loss that ranks (published: 0.1).
       chunk: candidates of a question that run side by side; less needs less memory.
@@ -46,7 +49,7 @@ class VqaConfig:
     question: str = "question"
     answers: str | None = "answer"
     question_id: str = "question_id"
-    mode: Literal["generate", "rank"] = "generate"
+    mode: Literal["generate", "rank", "classify"] = "generate"
     answer_list: str | tuple[str, ...] | None = None
     shortlist: int = 128
     label_smoothing: float = 0.1
@@ -61,10 +64,10 @@ class VqaConfig:
     pictures: int = 48
 
     def __post_init__(self) -> None:
-        if (self.mode == "rank") != (self.answer_list is not None):
+        if self.mode != "classify" and (self.mode == "rank") != (self.answer_list is not None):
             raise ValueError(f"answer_list: expected one with mode='rank' only, found mode={self.mode!r}")
-        if self.mode == "rank" and self.generation:
-            raise ValueError("generation: expected none with mode='rank'")
+        if self.mode != "generate" and self.generation:
+            raise ValueError(f"generation: expected none with mode={self.mode!r}")
         if self.shortlist < 1 or self.chunk < 1 or not 0 <= self.label_smoothing < 1:
             raise ValueError("expected shortlist and chunk of at least 1 and label_smoothing in [0, 1)")
 
@@ -106,10 +109,17 @@ class Vqa:
 
     def check(self, embedder: Embedder) -> None:
         """Traces the model; raises UserError where it cannot answer."""
+        if self.config.mode == "classify":
+            count, answers = check_classifies(embedder, self.source, self._inputs), self._answers(embedder.processor)
+            if count != len(answers):
+                raise UserError(f"the model has {count} outputs, and the list {len(answers)} answers")
+            return
         check_writes(embedder, embedder.processor(texts=["a"]), answers=True)
 
     def __call__(self, embedder: Embedder, advance: Advance | None = None) -> Result:
         """Answers every question."""
+        if self.config.mode == "classify":
+            return self._result(self._classified(embedder, advance))
         config, feed, processor = self.config, embedder.feed, embedder.processor
         writer = ranker = None
         if config.mode == "rank":
@@ -146,6 +156,21 @@ class Vqa:
             note["type"] = str(field(example, config.types))
         return note if config.answers is None else note | {"answers": _answers(example, config.answers)}
 
+    def _classified(self, embedder: Embedder, advance: Advance | None) -> list[dict[str, Any]]:
+        answers = self._answers(embedder.processor)
+        notes, scores = classify(embedder, self.source, self._inputs, self.note, advance)
+        chosen = zip(notes, scores.argmax(axis=1), scores.max(axis=1), strict=True)
+        return [note | {"answer": answers[best], "score": round(float(score), 6)} for note, best, score in chosen]
+
+    def _answers(self, processor: Any) -> list[str]:
+        answers = self.candidates or list(getattr(processor, "answers", None) or ())
+        if not answers:
+            raise UserError("answer_list: expected one; the checkpoint's processor has none")
+        return answers
+
+    def _inputs(self, processor: Any, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return head_inputs(processor, example, self.config.question)
+
     def _result(self, rows: list[dict[str, Any]]) -> Result:
         config = self.config
         rows = [{"question_id": row.get("question_id", row["index"]), **row} for row in rows]
@@ -162,7 +187,7 @@ class Vqa:
         }
         if config.mode == "rank":
             details |= {"candidates": len(self.candidates), "shortlist": min(config.shortlist, len(self.candidates))}
-        else:
+        elif config.mode == "generate":
             details["generation"] = dataclasses.asdict(self.generation)
         cards = [
             {"index": row["index"], "asked": row["question"], "said": row["answer"], "correct": row.get("correct")}

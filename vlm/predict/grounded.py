@@ -13,6 +13,7 @@ import numpy as np
 from vlm.data.image import decode
 from vlm.errors import UserError
 from vlm.evaluation.embed import Embedder
+from vlm.evaluation.heads import has_head
 from vlm.evaluation.heatmap import sheet
 from vlm.evaluation.statements import judge
 from vlm.predict.output import rounded, write
@@ -35,14 +36,14 @@ def match(
     """
     model, params, processor = loaded
     config = getattr(model, "config", None)
-    has_head = bool(getattr(config, "itm", False)) and getattr(config, "num_images", 1) == 1
-    if not has_head and getattr(config, "projection_dim", None) is None:
+    judges = has_head(model, "match") and getattr(config, "num_images", 1) == 1
+    if not judges and getattr(config, "projection_dim", None) is None:
         raise UserError(f"{type(model).__name__}: this model has neither a matching head nor a joint space")
     cosines = probabilities = None
     if getattr(config, "projection_dim", None) is not None:
         embedder = Embedder(model, params, processor, batch_size=batch_size)
         cosines = embedder.pictures(images) @ embedder.texts(texts).T
-    if has_head:
+    if judges:
         probabilities = _probabilities(images, texts, loaded, batch_size)
     results = []
     for i, path in enumerate(images):
