@@ -5,17 +5,40 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jax.sharding import PartitionSpec
 from transformers.models.blip import modeling_blip, modeling_blip_text
 
 import vlm
 from vlm.convert.__main__ import main
-from vlm.tree import flatten
+from vlm.convert.torch_writer import write_pth
+from vlm.convert.views import from_array
+from vlm.encoders.vit import ViTConfig
+from vlm.fusion.med import MedConfig
+from vlm.initial import starting_weights
+from vlm.loading import expected_params
+from vlm.models.blip import FAMILY
+from vlm.models.blip.config import BLIPConfig
+from vlm.models.blip.loss import LossConfig, init_extra
+from vlm.models.blip.model import BLIP
+from vlm.models.blip.weights import write_original
+from vlm.schema import InitConfig, MeshConfig
+from vlm.sharding import Placement, make_mesh, unbox
+from vlm.training import TrainState
+from vlm.tree import flatten, unflatten
 
 TEXT = {"vocab_size": 24, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT |= {"intermediate_size": 8, "max_position_embeddings": 6}
 BLIP_TEXT = TEXT | {"encoder_hidden_size": 12, "bos_token_id": 1, "sep_token_id": 2}
 VISION = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
 VISION |= {"image_size": 8, "patch_size": 4}
+TOWER = {
+    "activation": "gelu",
+    "norm_eps": 1e-6,
+    "patch_bias": True,
+    "input_norm": False,
+    "output_norm": "all",
+    "init": "normal",
+}
 IMAGE = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 TOKENS = np.array([[3, 4, 5, 0], [6, 7, 8, 9]])
 
@@ -118,3 +141,28 @@ def test_a_model_to_pretrain_needs_both(saved, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main([str(folder / source), str(tmp_path / "out"), f"--text={folder / text}"])
         assert stopped.value.code == 2 and lacks in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_retrieval_goes_on_from_a_pretraining_file(tmp_path):
+    """Weights, teacher and queues of an authors' .pth, as `config.init` names them, fill a new run's state."""
+    stack = MedConfig(30, 64, 1, 1, 8, 8, 64, dropout_rate=0.0)
+    config = BLIPConfig(ViTConfig(64, 1, 1, 8, 8, 4, **TOWER), stack, projection_dim=6)
+    model, settings = BLIP(config), LossConfig("pretrain", queue_size=4)
+    rng = np.random.default_rng(0)
+    shapes = expected_params(FAMILY, config)
+    params = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
+    extra = flatten(unbox(init_extra(model, unflatten(params), jax.random.key(0), settings)))
+    extra = {path: np.asarray(leaf) for path, leaf in extra.items() if path != "step"}
+    extra = {path: leaf * 2 if path.startswith("teacher") else leaf for path, leaf in extra.items()}
+    views = [{path: from_array(leaf) for path, leaf in part.items()} for part in (params, extra)]
+    write_pth(tmp_path / "model_base.pth", write_original(config, *views))
+
+    at = lambda leaf: Placement("x", leaf.shape, np.dtype(leaf.dtype), PartitionSpec(), 1)  # noqa: E731
+    whole, kept = ({path: at(leaf) for path, leaf in part.items()} for part in (params, extra))
+    state = TrainState(at(np.zeros(())), unflatten(whole), {}, {}, unflatten(kept), {})  # pyright: ignore
+    path, mesh = str(tmp_path / "model_base.pth"), make_mesh(MeshConfig(), jax.devices())
+    found = starting_weights([InitConfig(path), InitConfig(path, into="extra")], state, mesh)
+    assert found.keys() == {f"params/{name}" for name in params} | {f"extra/{name}" for name in extra}
+    for name, leaf in [*params.items(), *extra.items()]:
+        place = f"{'params' if name in params else 'extra'}/{name}"
+        np.testing.assert_array_equal(found[place].read(), leaf, err_msg=name)
