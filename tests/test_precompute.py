@@ -1,5 +1,6 @@
 """Precomputed teacher embeddings: the same loss as the live teacher's, every sentence once, wrong calls in one line."""
 
+import dataclasses
 import re
 
 import flax.linen as nn
@@ -11,8 +12,11 @@ import vlm
 from vlm import dry_run, precompute
 from vlm.config import build, parse_config_flag
 from vlm.data.teacher_cache import TeacherCache, write_cache
+from vlm.errors import UserError
 from vlm.experiment import experiment, make_loader, make_processor
+from vlm.models import get_family
 from vlm.models.altclip import AltCLIP, AltCLIPConfig, example
+from vlm.models.flava import FLAVA, FLAVAConfig
 from vlm.schema import Config
 from vlm.sharding import make_mesh
 
@@ -100,3 +104,73 @@ def test_wrong_calls_end_in_one_line_and_leave_nothing(variant, options, message
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and message in error and error.count("\n") == 0
     assert list(tmp_path.iterdir()) == []
+
+
+FLAVA_CONFIG = "configs/flava.py"
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory, scenes_folder):
+    """A folder with scenes and a random codebook of the tiny FLAVA, and the config flag that reads them."""
+    folder = tmp_path_factory.mktemp("flava")
+    (folder / "scenes").symlink_to(scenes_folder)
+    settings = build(Config, parse_config_flag(f"{FLAVA_CONFIG}:tiny,{folder}"), "")
+    config = build(FLAVAConfig, settings.model, "model")
+    alone = dict.fromkeys(("vision", "text", "fusion", "projection_dim"), None)
+    model = FLAVA(dataclasses.replace(config, **alone, heads=False))
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(3)))["params"]
+    vlm.save(folder / "codebook", model, params)
+    init = f"--config.init=({{'path': '{folder / 'codebook'}'}},)"
+    return folder, [f"--config={FLAVA_CONFIG}:tiny,{folder}", init], model, params
+
+
+def _first_batch(folder, **changes):
+    config = parse_config_flag(f"{FLAVA_CONFIG}:tiny,{folder}")
+    config.data.update({"batch_size": 4, **changes.pop("data", {})})
+    config.processor.update(changes)
+    config.processor.augment = None
+    settings = build(Config, config, "")
+    split = jax.sharding.NamedSharding(
+        make_mesh(settings.sharding.mesh, jax.devices()[:1]), jax.sharding.PartitionSpec()
+    )
+    loader = make_loader(settings, make_processor(settings, get_family("flava")), split, None)
+    with loader.iterate(0) as batches:
+        return loader, next(batches)
+
+
+def test_cached_visual_words_are_the_codebooks(scenes, capsys):
+    folder, flags, model, params = scenes
+    words = folder / "words"
+    options = ["--config.processor.augment=None", f"--output={words}", "--batch_size=3"]
+    assert precompute.main([*flags, *options]) == 0
+    assert "--config.data.codebook_cache=" in (out := capsys.readouterr().out) and "4 pictures" in out
+    cache = TeacherCache(words, verify=True)
+    assert (cache.dim, len(cache)) == (36, 4) and cache.teacher.startswith("codebook:")
+    live, batch = _first_batch(folder)
+    cached, joined = _first_batch(folder, codebook_size=None, data={"codebook_cache": str(words)})
+    assert batch.keys() ^ joined.keys() == {"codebook_image", "patch_labels"}
+    expected = model.apply({"params": params}, batch["codebook_image"], method=model.codebook_labels)
+    assert joined["patch_labels"].dtype == np.int32 and len(np.unique(joined["patch_labels"])) > 1
+    np.testing.assert_array_equal(joined["patch_labels"], expected)
+    assert live.fingerprint != cached.fingerprint
+
+
+def test_visual_words_are_refused_where_they_would_be_wrong(scenes, tmp_path, capsys):
+    folder, flags, _, _ = scenes
+    output = f"--output={tmp_path / 'words'}"
+    whole = ["--config.processor.augment=None", output]
+    for more, message in (
+        ([output], "config.processor.augment: expected None, found random crops"),
+        ([*whole, "--config.model.codebook=None"], "config.model.codebook: expected the codebook, found None"),
+        ([*whole, "--config.init=()"], "config.init: no checkpoint gives the codebook's weights"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            precompute.main([*flags, *more])
+        error = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and message in error and error.count("\n") == 0
+    assert list(tmp_path.iterdir()) == []
+    cached = {"data": {"codebook_cache": str(folder / "words")}}
+    with pytest.raises(UserError, match="codebook_size: expected None with config.data.codebook_cache, found 48"):
+        _first_batch(folder, **cached)
+    with pytest.raises(UserError, match=r"36 visual words, but \(3, 3\) patches"):
+        _first_batch(folder, **cached, codebook_size=None, patch_size=8)

@@ -109,58 +109,56 @@ def precompute_words(settings: Config, output: str, batch_size: int) -> int:
     from vlm import sharding
     from vlm.data.source import open_sources
     from vlm.data.teacher_cache import write_cache
-    from vlm.experiment import experiment, make_processor
+    from vlm.experiment import make_processor
+    from vlm.models import get_family
 
-    parts = experiment(settings)
-    if parts.model_config.codebook is None:
+    family = get_family(settings.family)
+    config = build(family.config_type, settings.model, "model")
+    if config.codebook is None:
         raise UserError("config.model.codebook: expected the codebook, found None")
     if settings.processor.get("augment") is not None:
         raise UserError("config.processor.augment: expected None, found random crops, whose words would be others")
-    processor = make_processor(settings, parts.family)
+    alone = dict.fromkeys(("vision", "text", "fusion", "projection_dim", "classifier"), None)
+    model = family.module(dataclasses.replace(config, **alone, heads=False))
+    processor = make_processor(settings, family)
     sources, _ = open_sources(settings.data.sources)
     mesh = sharding.make_mesh(settings.sharding.mesh)
     batch_size = -(-batch_size // mesh.size) * mesh.size
     with sharding.use(mesh, settings.sharding.rules):
-        codebook = _codebook(settings, parts, mesh)
+        params = _codebook(settings, model, mesh)
         split = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
-
-        def words(codebook: Any, image: Any) -> Any:
-            return parts.model.apply({"params": {"codebook": codebook}}, image, method=parts.model.codebook_labels)
-
+        words = functools.partial(model.apply, method=model.codebook_labels)
         labels = jax.jit(words, in_shardings=(None, split))
-        fingerprint = f"codebook:{_digest(parts.model_config.codebook, codebook)}"
-        batches = _words(sources, processor, labels, codebook, batch_size)
+        batches = _words(sources, processor, lambda image: labels({"params": params}, image), batch_size)
+        fingerprint = f"codebook:{_digest(config.codebook, params)}"
         return write_cache(output, batches, teacher=fingerprint, dtype="uint16")
 
 
-def _codebook(settings: Config, parts: Any, mesh: Any) -> Any:
-    """The codebook's weights, from the entries of `config.init` that give them."""
+def _codebook(settings: Config, model: Any, mesh: Any) -> Any:
+    """The weights of a model that is nothing but a codebook, from the entries of `config.init` that give them."""
+    import jax
+
     from vlm import sharding
     from vlm.initial import starting_weights, still_random
     from vlm.training import put_weight
     from vlm.tree import flatten, unflatten
 
-    abstract = {"codebook": parts.init.abstract().params["codebook"]}
-    params = sharding.place({"params": abstract}, settings.sharding.rules, mesh.shape)["params"]
+    abstract = jax.eval_shape(lambda: {"params": model.init(jax.random.key(0))["params"]})
+    params = sharding.place(abstract, settings.sharding.rules, mesh.shape)["params"]
     placements = SimpleNamespace(params=params, extra={})
-    paths = flatten(params).keys()
     entries = [
         dataclasses.replace(entry, include=f"(?=codebook/)(?:{entry.include})")  # the other weights have no place here
         for entry in settings.init
-        if entry.into == "params" and any(re.fullmatch(entry.include, path) for path in paths)
+        if entry.into == "params" and any(re.fullmatch(entry.include, path) for path in flatten(params))
     ]
     start = starting_weights(entries, placements, mesh)
     if missing := still_random(start, placements):
         raise UserError(f"config.init: no checkpoint gives the codebook's weights {missing}")
     targets = flatten({"params": params})
-    return unflatten({path: put_weight(path, leaf, targets, mesh) for path, leaf in start.items()})["params"][
-        "codebook"
-    ]
+    return unflatten({path: put_weight(path, leaf, targets, mesh) for path, leaf in start.items()})["params"]
 
 
-def _words(
-    sources: Sequence[Any], processor: Any, labels: Any, codebook: Any, batch_size: int
-) -> Iterator[tuple[list[bytes], Any]]:
+def _words(sources: Sequence[Any], processor: Any, labels: Any, batch_size: int) -> Iterator[tuple[list[bytes], Any]]:
     """Distinct pictures of all sources, in order, and their visual words; a picture that is damaged is left out."""
     import numpy as np
     from tqdm import tqdm
@@ -183,7 +181,7 @@ def _words(
     while chunk := list(itertools.islice(stream, batch_size)):
         pixels = [pixels for _, pixels in chunk]
         batch = np.stack(pixels + pixels[-1:] * (batch_size - len(chunk)))  # one shape, one compilation
-        yield [image for image, _ in chunk], np.asarray(labels(codebook, batch))[: len(chunk)]
+        yield [image for image, _ in chunk], np.asarray(labels(batch))[: len(chunk)]
 
 
 def _teacher(settings: Config, parts: Any, mesh: Any) -> Any:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vlm.data.ledger import FatalDataError
-from vlm.data.teacher_cache import TeacherCache, WithTarget, decode, encode, sentence_key, write_cache
+from vlm.data.teacher_cache import TeacherCache, WithPatchLabels, WithTarget, decode, encode, sentence_key, write_cache
 from vlm.errors import UserError
 
 SENTENCES = [f"sentence {i}" for i in range(100)]
@@ -144,3 +144,26 @@ def test_joins_to_examples_of_any_language(cache):
         row = joined({"source_text": "sentence 3", "text": text}, np.random.default_rng(0), True)
         np.testing.assert_allclose(row["target"], VALUES[3], rtol=1e-3)
         assert row["tokens"].shape == (3,)
+
+
+def test_whole_numbers_by_encoded_picture(tmp_path):
+    words, pictures = np.arange(24).reshape(4, 6) * 2700, [b"a", b"b", b"a ", b"\xff\xd8"]
+    assert write_cache(tmp_path / "c", [(pictures, words)], teacher="codebook:1", dtype="uint16") == 4
+    cache = pickle.loads(pickle.dumps(TeacherCache(tmp_path / "c", verify=True)))
+    assert cache[b"b"].dtype == np.int32
+    np.testing.assert_array_equal(cache.lookup(pictures), words)
+    with pytest.raises(FatalDataError, match="has no embedding of picture of 3 bytes"):
+        cache[b"abc"]
+    for wrong in (-1, 65_536, 0.5):
+        with pytest.raises(UserError, match="whole numbers from 0 to 65535"):
+            write_cache(tmp_path / "d", [([b"a"], np.array([[wrong]]))], teacher="t", dtype="uint16")
+    assert not (tmp_path / "d").exists()
+
+    def transform(example, rng, train):
+        return {"given": np.array(train)}
+
+    joined = WithPatchLabels(transform, cache)
+    assert joined.fingerprint == "codebook:1"
+    row = joined({"image": b"b"}, np.random.default_rng(0), True)
+    assert row["given"] and (row["patch_labels"] == words[1]).all()
+    assert joined({"text": "b"}, np.random.default_rng(0), True).keys() == {"given"}
