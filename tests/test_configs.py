@@ -20,7 +20,7 @@ from vlm.sharding import unbox
 from vlm.tree import flatten
 
 blip = importlib.import_module("configs.blip")
-SMALL = ("tiny", "nlvr_tiny", "nlvr_caption", "digits_caption", "digits_vqa")
+SMALL = ("tiny", "nlvr_tiny", "nlvr_caption", "nlvr_simple", "digits_caption", "digits_vqa")
 BLIP = [*SMALL, *blip.PUBLISHED]
 ALTCLIP = [
     f"{size}{stage}" for size in ("tiny", "altclip", "m9", "m18") for stage in ("", "_teacher", "_teacher_cached")

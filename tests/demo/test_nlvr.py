@@ -164,6 +164,7 @@ def drawn_sentences(scene) -> dict[str, bool]:
 
 def test_prepared_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(nlvr, "TEST_FROM", 10)
+    monkeypatch.setattr(nlvr, "STATEMENTS_PER_COLOURING", 100)
     source = tmp_path / "source"
     source.mkdir()
     for name, count in ((nlvr.TRAIN, 2), (nlvr.TEST, 12)):
@@ -180,7 +181,11 @@ def test_prepared_folder(tmp_path, monkeypatch):
     read = lambda name: json.loads((folder / name).read_text())  # noqa: E731
     human, test = read("human.json"), read("test.json")
     assert len(human) == 12 and {row["text"] for row in human} == {f"there is a {color} item" for color in nlvr.COLORS}
-    assert len(read("statements.json")) == 12 * nlvr.STATEMENTS_PER_COLOURING
+    generated, towers = read("statements.json"), read("towers.json")
+    truths: dict[str, set[bool]] = {}
+    for row in generated:
+        truths.setdefault(row["text"], set()).add(row["label"])
+    assert generated and all(len(both) == 2 for both in truths.values()) and towers == [] == read("simple.json")
     assert [row["text"] for row in read("captions.json")[:7:6]] == [statements.description(nlvr.parse(scattered()))] * 2
     assert [row["text"] for row in test] == ["There is a Yellow item 10", "There is a Yellow item 11"]
     assert [row["label"] for row in test] == [False, True]

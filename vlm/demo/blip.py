@@ -51,6 +51,7 @@ def nlvr(output: Path, source: Path, data_only: bool = False, overrides: Sequenc
     if data_only:
         return 0
     _train(output, "nlvr_caption", "pretraining: the scenes described", seconds, overrides)
+    _train(output, "nlvr_simple", "true or false, of the simplest statements", seconds, overrides)
     story = "true or false, learned from 600 people's sentences and from generated ones"
     return _report(_train_and_evaluate(output, "nlvr_tiny", story, seconds, overrides), seconds)
 

@@ -2,6 +2,7 @@
 
     human.json, test.json          [{"image", "text", "label"}]: people's sentences; training ones in all six colourings
     statements.json                generated sentences about the training scenes, half of them true
+    towers.json, simple.json       those about towers, and those of the simplest form: read first, they are the way in
     captions.json                  [{"image", "text"}]: what is in the boxes of the training scenes, generated
     images/…                       208 × 208 pixels: the three boxes of a scene, the fourth corner empty
     tokenizer/vocab.txt            the words of the training sentences, and letters for all others
@@ -49,6 +50,12 @@ SHARES = {
 }
 """Share of the pixels around an object of each size that have its full colour; soft edges have not."""
 STATEMENTS_PER_COLOURING = 6
+PARTS = {
+    "statements": r".*",
+    "towers": r"(?!.*\b(most|box|boxes)\b).*\btowers?\b.*",
+    "simple": r"there is a tower with a \w+ block at the (base|top)",
+}
+"""Files of generated sentences, by what they match."""
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -206,7 +213,10 @@ def _write_train(folder: Path, archive: Path, rng: np.random.Generator) -> list[
             for _ in range(STATEMENTS_PER_COLOURING):
                 text, truth = statement(seen, rng)
                 generated.append({"image": image, "text": text, "label": truth})
-    for name, rows in (("human", balanced(human)), ("statements", balanced(generated)), ("captions", captions)):
+    statements = balanced(generated)
+    for name, pattern in PARTS.items():
+        _write_json(folder / f"{name}.json", [row for row in statements if re.fullmatch(pattern, row["text"])])
+    for name, rows in (("human", balanced(human)), ("captions", captions)):
         _write_json(folder / f"{name}.json", rows)
     return [row["text"] for row in (*human, *generated, *captions)]
 
