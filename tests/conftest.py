@@ -3,8 +3,11 @@
 import os
 import pathlib
 import sys
+import types
 
+import beartype
 import pytest
+from jaxtyping import install_import_hook
 
 # Before jax is imported anywhere: eight host devices for sharding tests, no accelerator probing.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +18,27 @@ COMPILE = (
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # a broadcast over a new axis is written down or is a mistake
+
+# Annotated shapes are checked at run time, in every module that has any: before the first of them is imported.
+_ROOT = pathlib.Path(__file__).parents[1]
+_CHECKED = [
+    ".".join(path.relative_to(_ROOT).with_suffix("").parts)
+    for path in sorted(_ROOT.glob("vlm/**/*.py"))
+    if "from jaxtyping import" in path.read_text(encoding="utf-8")
+]
+
+
+def _checked(function):
+    """Constructors are left out: a pytree's fields hold shapes, shardings or NumPy arrays as jax passes it around."""
+    if function.__qualname__.endswith("__init__"):
+        return function
+    return beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))(function)
+
+
+sys.modules["vlm_shape_check"] = types.ModuleType("vlm_shape_check")  # the hook finds its checker by name
+sys.modules["vlm_shape_check"].checked = _checked
+install_import_hook(_CHECKED, "vlm_shape_check.checked")
 
 
 @pytest.fixture(scope="session")

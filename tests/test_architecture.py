@@ -132,3 +132,18 @@ def test_help_needs_no_jax():
         "print('jax imported:', 'jax' in sys.modules)"
     )
     assert _python(code).endswith("jax imported: False")
+
+
+def test_the_suite_checks_shapes_and_broadcasts():
+    """What tests/conftest.py switches on: annotated shapes, and no silent broadcast over a new axis."""
+    import jax.numpy as jnp
+    import numpy as np
+    from jaxtyping import TypeCheckError
+
+    from vlm.losses import mean_squared_error
+
+    assert mean_squared_error(np.zeros((2, 3)), jnp.zeros((2, 3))) == 0
+    with pytest.raises(TypeCheckError, match="mean_squared_error"):
+        mean_squared_error(np.zeros((2, 3)), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="rank_promotion"):
+        jnp.zeros((2, 3)) + jnp.zeros(3)

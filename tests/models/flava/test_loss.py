@@ -295,7 +295,7 @@ def test_fine_tuning(pair, objective, labels):
     ],
 )
 def test_incomplete_batches_are_refused(pair, change, settings, message):
-    batch = {name: value for name, value in _inputs("pairs", "mixed").items() if name not in change}
+    batch = {name: jnp.asarray(value) for name, value in _inputs("pairs", "mixed").items() if name not in change}
     with pytest.raises(UserError, match=message):
         loss(pair[1], pair[2], {}, batch, jax.random.key(0), LossConfig(**settings))
 
