@@ -19,6 +19,7 @@ from typing import Any
 
 from vlm.config import build, command_line, config_hash, parse_command
 from vlm.errors import UserError, exit_on_user_error
+from vlm.heap import keep_freed_memory
 from vlm.hosts import add_host_flags, connect
 from vlm.metrics import Diverged
 from vlm.schema import Config
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if not options.workdir:
             raise UserError("--workdir=DIR is missing; see --help")
+        keep_freed_memory()
         connect(options)
         try:
             return train(config, settings, Path(options.workdir), options.allow_config_change)

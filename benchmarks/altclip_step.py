@@ -1,11 +1,12 @@
 """AltCLIP contrastive training step (ViT-B/16 + XLM-R base) against Hugging Face: forward, backward, AdamW.
 
-    python -m benchmarks.altclip_step [--batch=8] [--length=77] [--rounds=7]
+    python -m benchmarks.altclip_step [--batch=8] [--length=77] [--rounds=7] [--only=vlm]
 
 Both train every parameter in float32 with the same loss on the same arrays, alternating in one process; ours is the
 step that train.py runs (`vlm.training.make_train_step`: non-finite guard, norms and metrics included), theirs is
 `AltCLIPModel(..., return_loss=True)`, `backward` and fused `torch.optim.AdamW`. Prints medians and the ratio of the
-medians (> 1: ours is faster) as one JSON line. Run it on an otherwise idle machine.
+medians (> 1: ours is faster) as one JSON line. Run it on an otherwise idle machine. With
+`--only` one runs alone, ours then with the heap that train.py sets for itself (`vlm.heap`) and would serve both here.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks.measure import alternate, report
 from vlm import schema
 from vlm.encoders.bert import BertConfig
 from vlm.encoders.vit import ViTConfig
+from vlm.heap import keep_freed_memory
 from vlm.models.altclip.loss import LossConfig, loss
 from vlm.models.altclip.model import AltCLIP, AltCLIPConfig
 from vlm.optimizer import make_optimizer
@@ -89,16 +91,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("batch", 8), ("length", 77), ("layers", 12), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", choices=("vlm", "transformers"), help="one alone, with the heap as train.py sets it")
     options = parser.parse_args()
+    if options.only == "vlm":
+        keep_freed_memory()
     rng = np.random.default_rng(0)
     tokens = rng.integers(4, 250_000, (options.batch, options.length)).astype(np.int32)
     mask = np.arange(options.length)[None] < rng.integers(10, options.length + 1, (options.batch, 1))
     tokens = np.where(mask, tokens, 1).astype(np.int32)
     image = rng.normal(size=(options.batch, 224, 224, 3)).astype(np.float32)
     arrays = {"image": image, "tokens": tokens, "mask": mask}
-    contenders = {"vlm": our_step(arrays, options.layers), "transformers": their_step(arrays, options.layers)}
+    steps = {"vlm": our_step, "transformers": their_step}
+    contenders = {name: step(arrays, options.layers) for name, step in steps.items() if options.only in (None, name)}
     times = alternate(contenders, rounds=options.rounds)
-    report("altclip_step", times, reference="transformers", settings=vars(options))
+    report("altclip_step", times, reference=options.only or "transformers", settings=vars(options))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from benchmarks.measure import alternate, report
 from vlm import schema
 from vlm.convert.views import from_array
 from vlm.data.block_masking import BlockSettings, block_mask
+from vlm.heap import keep_freed_memory
 from vlm.models.flava import weights
 from vlm.models.flava.loss import LossConfig, loss
 from vlm.models.flava.model import FLAVA
@@ -143,6 +144,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=12, help="most hidden tokens of a text")
     parser.add_argument("--only", choices=("vlm", "transformers"), help="run one of them alone")
     options = parser.parse_args()
+    if options.only == "vlm":
+        keep_freed_memory()
     batch = make_batch(options.batch, options.words, options.labels)
     lengths = tuple(int(length) for length in options.lengths.split(",") if length)
     theirs = their_model()

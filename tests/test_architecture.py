@@ -15,12 +15,12 @@ SOURCES = sorted(
 
 # A module may import from its own layer's group and from lower layers only. First match wins.
 LAYERS: list[tuple[str, int]] = [
-    (r"vlm|vlm\.(demo|predict|score|capfilt|precompute|plan|loading|initial|dry_run)(\..*)?", 7),
+    (r"vlm|vlm\.(demo|predict|tasks|score|capfilt|precompute|plan|loading|initial|dry_run)(\..*)?", 7),
     (r"vlm\.(convert|checkpoint)\.__main__", 7),
     (r"(train|eval|configs)(\..*)?", 7),
     (r"vlm\.evaluation(\..*)?", 6),
     (r"vlm\.(training|experiment|generation)(\..*)?", 5),
-    (r"vlm\.(sharding|optimizer|checkpoint|metrics|flops|hosts|preemption|workdir)(\..*)?", 4),
+    (r"vlm\.(sharding|optimizer|checkpoint|metrics|flops|heap|hosts|preemption|workdir)(\..*)?", 4),
     (r"vlm\.models(\..*)?", 3),
     (r"vlm\.(encoders|fusion|family)(\..*)?", 2),
     (r"vlm\.(layers|losses|data|convert)(\..*)?", 1),
