@@ -30,7 +30,8 @@ def describe(settings: Config, config: Any) -> str:
     """
     parts = experiment(settings)
     sizes = planned_mesh(settings.sharding.mesh)
-    state = sharding.place(parts.init.abstract(), settings.sharding.rules, sizes)
+    abstract = parts.init.abstract()
+    state = sharding.place(abstract, settings.sharding.rules, sizes)
     sharding.batch_spec(settings.sharding, settings.data.batch_size, sizes, settings.optimizer.accumulation_steps)
     sections = [
         ("configuration", to_json(config).rstrip()),
@@ -38,7 +39,7 @@ def describe(settings: Config, config: Any) -> str:
         ("parameters", _parameters(state.params, parts.optimizer)),
         ("memory per device", _memory(state, parts.optimizer, sizes)),
         ("replicated although a rule would split them", _replicated(state)),
-        *_batches(settings, parts),
+        *_batches(settings, parts, sharding.unbox(abstract)),
     ]
     return "\n".join(f"== {title}\n{text}\n" for title, text in sections)
 
@@ -98,20 +99,20 @@ def _replicated(state: Any) -> str:
     return "\n".join(f"{p.path.split('/', 1)[1]}: {p.replicated}" for p in weights) or "none"
 
 
-def _batches(settings: Config, parts: Experiment) -> list[tuple[str, str]]:
+def _batches(settings: Config, parts: Experiment, state: Any) -> list[tuple[str, str]]:
     """A section for the batches of each stream, or one for all."""
     data = settings.data
     if not data.streams:
-        return [("one batch", _batch(settings, parts, data.sources))]
+        return [("one batch", _batch(settings, parts, state, data.sources))]
     sections = []
     for name, share in data.streams.items():
         sources = [source for source in data.sources if source["stream"] == name]
         title = f"one batch of {name}, {share / sum(data.streams.values()):.1%} of the steps"
-        sections.append((title, _batch(settings, parts, sources)))
+        sections.append((title, _batch(settings, parts, state, sources)))
     return sections
 
 
-def _batch(settings: Config, parts: Experiment, specs: Sequence[Mapping[str, Any]]) -> str:
+def _batch(settings: Config, parts: Experiment, state: Any, specs: Sequence[Mapping[str, Any]]) -> str:
     """One example through the processor; where its data are not here, what the loss reads of what could be made."""
     note, batch = "", settings.data.batch_size
     try:
@@ -130,7 +131,7 @@ def _batch(settings: Config, parts: Experiment, specs: Sequence[Mapping[str, Any
         # Raw pixels would be normalised first, in another dict than the one that notes what is read.
         kinds = {name: "float32" if name == "image" else dtype for name, (_, dtype) in rows.items()}
         abstract = {name: jax.ShapeDtypeStruct((batch, *row[0]), kinds[name]) for name, row in rows.items()}
-        read = _read_by_loss(parts, abstract)
+        read = _read_by_loss(parts, state, abstract)
         shapes = {name: row for name, row in rows.items() if name in read}
     rows = [(name, "x".join(map(str, (batch, *shape))), str(dtype)) for name, (shape, dtype) in sorted(shapes.items())]
     return table(("array", "shape", "dtype"), rows) + note
@@ -151,7 +152,7 @@ class _Watched(dict):
         return self[key] if key in self else default  # noqa: SIM401 - to be noted
 
 
-def _read_by_loss(parts: Experiment, batch: Mapping[str, Any]) -> set[str]:
+def _read_by_loss(parts: Experiment, state: Any, batch: Mapping[str, Any]) -> set[str]:
     """Traces the loss; arrays that only the data could tell end the trace early."""
     read: set[str] = set()
 
@@ -163,7 +164,7 @@ def _read_by_loss(parts: Experiment, batch: Mapping[str, Any]) -> set[str]:
             read.update(watched.read)
 
     with contextlib.suppress(KeyError, ValueError):
-        jax.eval_shape(trace, sharding.unbox(parts.init.abstract()), dict(batch))
+        jax.eval_shape(trace, state, dict(batch))
     return read
 
 
