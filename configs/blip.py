@@ -297,6 +297,17 @@ def _nlvr_tiny(folder: str) -> ConfigDict:
     `python -m vlm.demo nlvr --nlvr=FOLDER` prepares the data (`vlm.demo.nlvr`: 600 sentences in all colourings, and
     generated ones), trains `nlvr_caption`, `nlvr_simple` and this, and evaluates it on the 389 scenes from number 600
     on of `nlvr_dev_perm0.tar`.
+
+    Measured with one seed, on one thread of a busy machine (about 15 minutes of processor time for everything; the
+    second stage was stopped at step 292 of 500). Majority: 54.2 % of these 389, 55.3 % of all 989. One standard error
+    is 2.5 points, so this is a beginning and not yet a result.
+
+        step               200    400    600    800    1000   1300
+        accuracy, %        54.5   57.1   54.0   54.8   58.4   57.3
+        balanced, %        51.4   54.5   55.1   54.4   56.3   57.0
+
+    What limits it: the eyes. After 400 steps of describing, 99.9 % of the words about towers are right, 66 % of those
+    about scattered objects; so here 60.7 % of the 275 tower sentences are judged rightly and 49.1 % of the others.
     """
     config = _nlvr_statements(folder, "nlvr_simple", {"human": 1.0, "towers": 2.0, "simple": 1.0})
     config.train = {"steps": 1300, "log_every": 50, "eval_every": 200}
