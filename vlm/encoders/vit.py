@@ -35,8 +35,7 @@ class ViTConfig:
         by the same norm (HF's BlipModel; no released weights use it).
       mask_token: a learned embedding that replaces masked patches (masked image modelling).
       pooler: tanh(Linear(class token)) as `pooler_output` instead of the class token itself (FLAVA).
-      init: "clip" scales by depth and width (Radford et al. 2021, HF's form); "normal" is N(0, 0.02); "zeros" is the
-        same for kernels, with class token and positions starting at 0 (FLAVA).
+      init: "clip" scales by depth and width (Radford et al. 2021, HF's form); "normal" is N(0, 0.02).
       remat, scan_unroll: see `layers.transformer.scan_layers`.
     """
 
@@ -58,7 +57,7 @@ class ViTConfig:
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
-    init: Literal["clip", "normal", "zeros"] = "clip"
+    init: Literal["clip", "normal"] = "clip"
     dtype: str = "float32"
     remat: Remat = "none"
     scan_unroll: int = 1
@@ -173,13 +172,11 @@ class ViT(nn.Module):
         elif config.mask_token:
             self._vector("mask_embedding", 0.0)
         if config.class_token:
-            stddev = {"clip": config.hidden_size**-0.5, "normal": 0.02, "zeros": 0.0}[config.init]
-            token = self._vector("class_embedding", stddev)
+            token = self._vector("class_embedding", config.hidden_size**-0.5 if config.init == "clip" else 0.02)
             token = jnp.broadcast_to(token.astype(dtype), (hidden.shape[0], 1, config.hidden_size))
             hidden = jnp.concatenate([token, hidden], axis=1)
         shape = (config.num_patches + int(config.class_token), config.hidden_size)
-        init = nn.initializers.zeros_init() if config.init == "zeros" else normal(0.02)
-        table = param(self, "position_embedding", init, shape, ("position", "embed"))
+        table = param(self, "position_embedding", normal(0.02), shape, ("position", "embed"))
         if interpolate:
             grid = (height // config.patch_size, width // config.patch_size)
             table = resize_positions(table, grid, num_prefix=int(config.class_token))

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from vlm.encoders.output import EncoderOutput
 from vlm.layers.arrays import AnyArray
-from vlm.layers.linear import Linear, constrain, param
+from vlm.layers.linear import Linear, constrain, default_init, param
 from vlm.layers.masks import padding_mask
 from vlm.layers.norms import LayerNorm
 from vlm.layers.transformer import Remat, TransformerBlock, scan_layers
@@ -75,7 +75,7 @@ class FusionEncoder(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         hidden = jnp.asarray(hidden, dtype)
         if config.class_token:
-            token = param(self, "class_embedding", nn.initializers.zeros_init(), (config.hidden_size,), ("embed",))
+            token = param(self, "class_embedding", default_init, (config.hidden_size,), ("embed",))
             token = jnp.broadcast_to(token.astype(dtype), (len(hidden), 1, config.hidden_size))
             hidden = jnp.concatenate([token, hidden], axis=1)
             mask = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)

@@ -7,12 +7,10 @@ import pytest
 import torch
 import transformers
 
-from vlm.encoders.bert import BertConfig
-from vlm.encoders.dvae import DVAEConfig
-from vlm.fusion.multimodal import FusionConfig
-from vlm.models.flava.config import VIT, FLAVAConfig
 from vlm.models.flava.model import FLAVA
 from vlm.tree import unflatten
+
+from .small import architecture
 
 ENCODER = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 36}
 NAMES = (  # foreign, ours; each applied to what the ones before made of the name
@@ -76,35 +74,6 @@ def our_tree(state):
         stacks.setdefault(re.sub(r"/layers/\d+/", "/layers/", path), {})[number] = ours.pop(path)
     ours |= {path: np.stack([rows[i] for i in range(len(rows))]) for path, rows in stacks.items()}
     return unflatten(ours)
-
-
-def architecture(**changes):
-    """Our configuration of the fixture's model."""
-    tower = {"hidden_size": 24, "num_heads": 3, "mlp_dim": 36}
-    vision = {**vars(VIT), **tower, "num_layers": 2, "image_size": 32, "patch_size": 8}
-    text = BertConfig(
-        **tower,
-        num_layers=3,
-        vocab_size=50,
-        max_length=20,
-        type_vocab_size=2,
-        pad_id=0,
-        positions="absolute",
-        pre_norm=True,
-        norm_eps=1e-12,
-        pooler=True,
-        dropout_rate=0.0,
-        attention_dropout_rate=0.0,
-    )
-    parts = {
-        "vision": type(VIT)(**vision),
-        "text": text,
-        "fusion": FusionConfig(**tower, num_layers=2),
-        "projection_dim": 12,
-        "image_vocab_size": 40,
-        "codebook": DVAEConfig(hidden_size=8, vocab_size=40),
-    }
-    return FLAVAConfig(**parts | changes)
 
 
 @pytest.fixture(scope="package")

@@ -2,8 +2,14 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
 import re
+import socket
+import subprocess
+import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -318,3 +324,39 @@ def test_locked_is_exactly_what_gets_no_gradient(pair, settings):
     locked = LossConfig(**settings).locked
     for path, size in total.items():
         assert (size == 0) == bool(re.fullmatch(locked, path)), path
+
+
+def test_two_processes_equal_one(pair, tmp_path):
+    """Two real processes of four devices each, every one with half of the rows."""
+    kinds = {"pairs": "mixed", "images": None, "texts": None}
+    for kind, itm in kinds.items():
+        np.savez(tmp_path / f"{kind}.npz", **_inputs(kind, itm))
+    np.savez(tmp_path / "params.npz", **flatten(pair[2]))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    program = pathlib.Path(__file__).with_name("one_of_two.py")
+    hosts = [
+        subprocess.Popen([sys.executable, program, str(port), str(i), tmp_path], stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    for host in hosts:
+        assert host.wait(timeout=180) == 0, host.stderr.read()
+        host.stderr.close()
+    found = json.loads((tmp_path / "losses.json").read_text())
+    for kind, itm in kinds.items():
+        _, terms, gradients = _ours(pair, _inputs(kind, itm))
+        terms["grad_norm"] = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients.values()))
+        assert found[kind].keys() == terms.keys()
+        for name, term in terms.items():
+            np.testing.assert_allclose(found[kind][name], term, rtol=1e-5, err_msg=f"{kind} {name}")
+
+
+def test_first_gradients_are_moderate(pair):
+    """The norms' epsilon of 1e-12 would blow up those of tokens that start at zero."""
+    _, model, _ = pair
+    inputs = {"image": jnp.zeros((1, 32, 32, 3)), "tokens": jnp.zeros((1, 2), jnp.int32)}
+    params = jax.jit(lambda key: nn.unbox(model.init(key, **inputs)["params"]))(jax.random.key(0))
+    for kind, itm in (("pairs", "mixed"), ("images", None), ("texts", None)):
+        gradients = _ours((None, model, params), _inputs(kind, itm))[2]
+        assert np.sqrt(sum(np.square(g).sum() for g in gradients.values())) < 1000, kind

@@ -19,9 +19,13 @@ VIT = ViTConfig(
     output_norm="all",
     mask_token=True,
     pooler=True,
-    init="zeros",
+    init="normal",
 )
-"""FLAVA's image encoder, ViT-B/16."""
+"""FLAVA's image encoder, ViT-B/16.
+
+Hugging Face's and torchmultimodal's random class tokens and positions are zeros. The first norm divides them by the
+root of its epsilon, and their gradient is a million times too large; here they start at N(0, 0.02) like all else.
+"""
 
 BERT = BertConfig(
     vocab_size=30522,

@@ -178,7 +178,7 @@ def _vision(section: Json, views: Views) -> dict[str, Any]:
         "input_norm": False,
         "output_norm": "all",
         "mask_token": "vision/mask_embedding" in views,
-        "init": "zeros",
+        "init": "normal",
     }
 
 

@@ -1,0 +1,58 @@
+"""One of two processes of four devices each that compute FLAVA's losses of a batch together.
+
+    python one_of_two.py PORT INDEX FOLDER
+
+FOLDER holds params.npz and the batches pairs.npz, images.npz, texts.npz; the first process writes losses.json there.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+
+
+def main(port, index, folder):
+    """Computes and writes."""
+    import jax
+    import numpy as np
+    import optax
+    from jax.sharding import NamedSharding, PartitionSpec
+    from small import architecture
+
+    from vlm import sharding
+    from vlm.models.flava.loss import LossConfig, loss
+    from vlm.models.flava.model import FLAVA
+    from vlm.schema import MeshConfig, ShardingConfig
+    from vlm.tree import unflatten
+
+    jax.distributed.initialize(f"localhost:{port}", 2, index)
+    settings = ShardingConfig(mesh=MeshConfig(4, 2, 1))
+    mesh, model = sharding.make_mesh(settings.mesh), FLAVA(architecture())
+    split, whole = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), NamedSharding(mesh, PartitionSpec())
+    params = unflatten(dict(np.load(folder / "params.npz")))
+
+    def value(params, batch):
+        return loss(model, params, {}, batch, jax.random.key(0), LossConfig())
+
+    def step(params, batch):
+        (_, (terms, _)), gradients = jax.value_and_grad(value, has_aux=True)(params, batch)
+        return terms | {"grad_norm": optax.tree.norm(gradients)}
+
+    found = {}
+    with sharding.use(mesh, settings.rules):
+        for kind in ("pairs", "images", "texts"):
+            rows = np.load(folder / f"{kind}.npz")
+            half = {name: array[4 * index : 4 * index + 4] for name, array in rows.items()}
+            batch = sharding.put_batch(half, split, 8)
+            terms = jax.jit(step, out_shardings=whole)(jax.device_put(params, whole), batch)
+            found[kind] = {name: float(term) for name, term in terms.items()}
+    if index == 0:
+        (folder / "losses.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
+    sys.path[:0] = [str(pathlib.Path(__file__).parents[3]), str(pathlib.Path(__file__).parent)]
+    main(int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]))
