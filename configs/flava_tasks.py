@@ -83,7 +83,8 @@ def get_config() -> ConfigDict:
     tasks = {name: _glue(name) for name in GLUE} | {name: _probe(name) for name in VISION}
     tasks |= {"vqa": _vqa(), "snli_ve": _snli_ve(), "hateful_memes": _memes()}
     tasks |= {name: _retrieval(name) for name in RETRIEVAL} | {"imagenet_zero_shot": _zero_shot()}
-    return ConfigDict({"compare": "FLAVA", "averages": ("NLP", "vision", "multimodal"), "tasks": tasks})
+    listed = tuple({"key": name, **task} for name, task in tasks.items())
+    return ConfigDict({"compare": "FLAVA", "averages": ("NLP", "vision", "multimodal"), "tasks": listed})
 
 
 def _row(metric: str, of: tuple, paper: dict) -> dict:
@@ -101,7 +102,7 @@ def _glue(task: str) -> dict:
         "name": folder,
         "group": "NLP",
         "train": f"flava.py:glue_{task}",
-        "changes": {"data.sources": ({**source, "path": f"data/glue/{folder}/train.tsv"},)},
+        "changes": {"data": {"sources": ({**source, "path": f"data/glue/{folder}/train.tsv"},)}},
         "eval": {part: {**common, "data": {**source, "path": f"data/glue/{folder}/{part}.tsv"}} for part in parts},
         "rows": (_row(metric, tuple(f"{part}/{m}" for part in parts for m in metrics if m != "spearman"), paper),),
     }
@@ -138,7 +139,7 @@ def _vqa() -> dict:
         "group": "multimodal",
         "train": "flava.py:vqa",
         "changes": {
-            "data.sources": ({**train, "fields": {"image": "image", "text": "question", "answer": "answer"}},),
+            "data": {"sources": ({**train, "fields": {"image": "image", "text": "question", "answer": "answer"}},)},
         },
         "answers": {"annotations": (train["annotations"],), "count": 3129},
         "eval": {"vqa": asked},
@@ -159,7 +160,7 @@ def _snli_ve() -> dict:
         "name": "SNLI-VE",
         "group": "multimodal",
         "train": "flava.py:snli_ve",
-        "changes": {"data.sources": ({**source, "path": "data/snli_ve/snli_ve_train.jsonl"},)},
+        "changes": {"data": {"sources": ({**source, "path": "data/snli_ve/snli_ve_train.jsonl"},)}},
         "eval": {"test": {**test, "batch_size": 128}},
         "rows": (_row("accuracy", ("test/accuracy",), _paper(78.89, 78.36, 73.27, 73.53, 74.27)),),
     }
@@ -173,7 +174,7 @@ def _memes() -> dict:
         "name": "Hateful Memes",
         "group": "multimodal",
         "train": "flava.py:hateful_memes",
-        "changes": {"data.sources": ({**source, "path": "data/hateful_memes/train.jsonl"},)},
+        "changes": {"data": {"sources": ({**source, "path": "data/hateful_memes/train.jsonl"},)}},
         "eval": {"test": {**test, "metrics": ("auroc", "accuracy"), "batch_size": 128}},
         "rows": (_row("AUROC", ("test/auroc",), _paper(76.09, 70.72, 55.58, 56.59, 63.93)),),
     }

@@ -141,7 +141,7 @@ def _git_commit() -> str | None:
 
 def save_samples(workdir: Path, images: np.ndarray, step: int, count: int) -> Path | None:
     """Writes a PNG grid of the first images of a batch [B, H, W, 3], each stretched to the full range of grey."""
-    images = np.nan_to_num(np.asarray(images[:count], np.float32))
+    images = np.nan_to_num(np.asarray(np.asarray(images)[:count], np.float32))  # not on the devices
     if images.ndim != 4 or not len(images) or images.shape[-1] != 3:
         return None
     from PIL import Image

@@ -13,6 +13,7 @@ questions there are `question`, `question_id` and, where given, `answer` (a list
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -39,6 +40,36 @@ def read_answer_list(path: str) -> list[str]:
         found = f"{twice!r} twice" if answers else "none"
         raise UserError(f"{path}: expected a list of different answers, found {found}")
     return answers
+
+
+def frequent_answers(paths: Iterable[str], count: int) -> list[str]:
+    """The answers that most questions have, of files of VQA annotations; a classifier's classes.
+
+    A question's answer is its `multiple_choice_answer`, the one that most people gave; without one it is found so, of
+    equally many the first given. Answers are compared in lower case. The most frequent come first, equally frequent
+    ones in alphabetical order. Of VQAv2, 3,129 are usual (Teney et al. 2018).
+
+    Raises:
+        UserError: a file that holds no annotations, or fewer different answers than `count`.
+    """
+    counts: Counter[str] = Counter()
+    for path in paths:
+        before = counts.total()
+        for element in scan(read_document(path), path):
+            if element.section != "annotations" or not element.number:
+                continue
+            where = f"{path}: annotations record {element.number}"
+            answer = element.value.get("multiple_choice_answer") if isinstance(element.value, dict) else None
+            if answer is None:
+                given = [_get(answer, "answer", where) for answer in _get(element.value, "answers", where)]
+                answer = Counter(given).most_common(1)[0][0] if given else ""
+            counts[str(answer).strip().lower()] += 1
+        if counts.total() == before:
+            raise UserError(f"{path}: expected VQA annotations, found none")
+    counts.pop("", None)
+    if len(counts) < count:
+        raise UserError(f"expected at least {count} different answers, found {len(counts)}")
+    return sorted(counts, key=lambda answer: (-counts[answer], answer))[:count]
 
 
 def nlvr2_record(record: Record) -> Record:
