@@ -1,0 +1,65 @@
+"""How much arithmetic FLAVA's heads save by running on the masked positions only, for the published sizes.
+
+    python -m benchmarks.flava_heads [--batch=8]
+
+Traces the loss and its gradient for each kind of batch (nothing is computed) with the heads on all positions and on
+those that can be masked: 75 of 196 patches; 12 of 77 tokens of a pair, 77 of 512 of a text. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm.flops import count_flops
+from vlm.models.flava import example
+from vlm.models.flava.config import FLAVAConfig
+from vlm.models.flava.loss import LossConfig, loss
+from vlm.models.flava.model import FLAVA
+from vlm.tree import flatten, unflatten
+
+
+def arrays(rows: int, length: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of a batch of pairs; without the codebook's picture, whose cost is the same either way."""
+    text = dict.fromkeys(("tokens", "masked_tokens", "token_labels"), ((rows, length), "int32"))
+    image = {"image": ((rows, 224, 224, 3), "float32"), "patch_mask": ((rows, 196), "bool")}
+    image |= {"patch_labels": ((rows, 196), "int32")}
+    return {**text, "mask": ((rows, length), "bool"), **image, "itm_labels": ((rows,), "int32")}
+
+
+def main() -> None:
+    """Counts and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=8)
+    rows = parser.parse_args().batch
+    model = FLAVA(FLAVAConfig(codebook=None))
+    params = nn.unbox(jax.eval_shape(lambda key: model.init(key, **example(model.config)), jax.random.key(0)))["params"]
+    trained = {p: x for p, x in flatten(params).items()}
+
+    def flops(names: tuple[str, ...], length: int, config: LossConfig) -> float:
+        def value(params, batch):
+            return loss(model, unflatten(params), {}, batch, jax.random.key(0), config)[0]
+
+        shapes = arrays(rows, length)
+        batch = {name: jax.ShapeDtypeStruct(shapes[name][0], jnp.dtype(shapes[name][1])) for name in names}
+        return count_flops(jax.jit(jax.value_and_grad(value)).trace(trained, batch).jaxpr)
+
+    image, text = ("image", "patch_mask", "patch_labels"), ("tokens", "mask", "masked_tokens", "token_labels")
+    kinds = {"pairs": ((*image, *text, "itm_labels"), 77, 12), "images": (image, 77, None), "text": (text, 512, 77)}
+    found = {}
+    for kind, (names, length, most) in kinds.items():
+        whole = flops(names, length, LossConfig(max_masked_patches=None, max_masked_tokens=None))
+        masked = flops(names, length, LossConfig(max_masked_patches=75, max_masked_tokens=most))
+        found[kind] = {"all": whole / 1e9, "masked": masked / 1e9, "saved": round(1 - masked / whole, 3)}
+    print(json.dumps({"benchmark": "flava_heads", "batch": rows, "gflop_per_step": found}))
+
+
+if __name__ == "__main__":
+    main()
