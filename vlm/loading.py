@@ -8,6 +8,7 @@ pretrained has `extra.safetensors` too: momentum teacher and queues.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -265,6 +266,7 @@ def expected_params(family: Family, config: Any) -> dict[str, Any]:
     return flatten(unbox(_abstract(family, config)))
 
 
+@functools.lru_cache(maxsize=8)  # tracing a model takes a second, and one checkpoint asks several times
 def _abstract(family: Family, config: Any) -> Any:
     model = family.module(config)
     try:
