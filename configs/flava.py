@@ -4,6 +4,7 @@
     pretrain      python train.py --config=configs/flava.py:full         --workdir=runs/flava
     fine-tune     python train.py --config=configs/flava.py:vqa          --workdir=runs/flava_vqa
     evaluate      python eval.py  --config=configs/flava.py:full         --checkpoint=runs/flava
+    all tasks     python -m vlm.tasks --config=configs/flava_tasks.py --checkpoint=runs/flava --output=results/flava
 
 Pretraining takes a whole batch of 8192 from one kind of data at every step: pairs (PMD, 70 million) 70 %, images alone
 (ImageNet-1k) 15 %, texts alone (CCNews, BookCorpus) 15 %, until pairs were drawn 150,000 times. Expected: paper, tables
@@ -58,30 +59,25 @@ SIZES = {  # width, mlp, layers of the encoders and of the fusion; 16 heads
     "4.8b": (1664, 8192, 48, 24),
     "10b": (2048, 10240, 64, 40),
 }
-GLUE = {  # learning rate, batch, steps, warm-up (RoBERTa's published settings), the sentences' fields, labels
-    "cola": (1e-5, 16, 5336, 320, ("sentence",), 2),
-    "sst2": (1e-5, 32, 20_935, 1256, ("sentence",), 2),
-    "mrpc": (1e-5, 16, 2296, 137, ("sentence1", "sentence2"), 2),
-    "qqp": (1e-5, 32, 113_272, 28_318, ("question1", "question2"), 2),
-    "stsb": (2e-5, 16, 3598, 214, ("sentence1", "sentence2"), 1),
-    "mnli": (1e-5, 32, 123_873, 7432, ("premise", "hypothesis"), 3),
-    "qnli": (1e-5, 32, 33_112, 1986, ("question", "sentence"), 2),
-    "rte": (2e-5, 16, 2036, 122, ("sentence1", "sentence2"), 2),
+GLUE = {  # learning rate, batch, steps, warm-up (RoBERTa's published settings), outputs
+    "cola": (1e-5, 16, 5336, 320, 2),
+    "sst2": (1e-5, 32, 20_935, 1256, 2),
+    "mrpc": (1e-5, 16, 2296, 137, 2),
+    "qqp": (1e-5, 32, 113_272, 28_318, 2),
+    "stsb": (2e-5, 16, 3598, 214, 1),
+    "mnli": (1e-5, 32, 123_873, 7432, 3),
+    "qnli": (1e-5, 32, 33_112, 1986, 2),
+    "rte": (2e-5, 16, 2036, 122, 2),
 }
 VQA = {
     "kind": "json",
     "path": ("data/vqa/vqa_train.json", "data/vqa/vqa_val.json"),
     "fields": {"image": "image", "text": "question", "answer": "answer"},
 }
-MEMES = {
-    "kind": "jsonl",
-    "path": "data/hateful_memes/train.jsonl",
-    "fields": {"image": "img", "text": "text", "label": "label"},
-}
-TASKS = {  # objective, outputs, learning rate, steps, source
-    "vqa": ("soft_labels", 3129, 1e-4, 44_000, VQA),
-    "snli_ve": ("classification", 3, 1e-5, 24_000, {"kind": "jsonl", "path": "data/snli_ve/train.jsonl"}),
-    "hateful_memes": ("classification", 2, 1e-5, 24_000, MEMES),
+TASKS = {  # objective, outputs, learning rate, steps
+    "vqa": ("soft_labels", 3129, 1e-4, 44_000),
+    "snli_ve": ("classification", 3, 1e-5, 24_000),
+    "hateful_memes": ("classification", 2, 1e-5, 24_000),
 }
 
 
@@ -252,13 +248,17 @@ def _zero_shot() -> dict:
 
 def _finetune(task: str) -> ConfigDict:
     """Supplement: two layers of 1536 on the fusion encoder's class token, AdamW, batches of 256, weight decay 1e-2."""
-    objective, outputs, rate, steps, source = TASKS[task]
+    objective, outputs, rate, steps = TASKS[task]
     config = _finetuned(objective, "multimodal", outputs, "(vision|text|fusion)/.*|(vision|text)_to_fusion/.*")
     config.model.classifier.hidden_size = 1536
     if task == "vqa":
         config.processor.update({"image": {"size": 480, "crop": None, "mode": "exact"}, "num_answers": outputs})
         config.processor.answers = "data/vqa/answers_3129.json"
-    config.data = {"batch_size": 256, "num_workers": 16, "sources": (source,)}
+    config.data = {"batch_size": 256, "num_workers": 16}
+    if task == "vqa":  # all there is to learn from; the answers to test questions are known to the server alone
+        config.data.sources = (VQA,)
+    else:
+        _use(config, task)
     config.optimizer = _adamw(rate, {"name": "cosine", "warmup_steps": 2000}, weight_decay=1e-2)
     config.optimizer.groups = _frozen("(vision|text|fusion)/pooler/.*")
     config.train = {"steps": steps, "log_every": 50, "checkpoint_every": 2000}
@@ -267,18 +267,25 @@ def _finetune(task: str) -> ConfigDict:
 
 def _glue(task: str) -> ConfigDict:
     """RoBERTa's settings of each task (Liu et al. 2019), with torchmultimodal's classifier."""
-    rate, batch, steps, warmup, names, outputs = GLUE[task]
+    rate, batch, steps, warmup, outputs = GLUE[task]
     config = _finetuned("regression" if outputs == 1 else "classification", "text", outputs, "text/.*")
     config.model.update({"vision": None, "fusion": None})
     config.processor.update({"max_length": 512, "text_length": 512})
-    fields = dict(zip(("text", "text_pair"), names, strict=False)) | {"label": "label"}
-    source = {"kind": "parquet", "path": f"data/glue/{task}/train*.parquet", "fields": fields}
-    config.data = {"batch_size": batch, "num_workers": 4, "sources": (source,)}
+    config.data = {"batch_size": batch, "num_workers": 4}
+    _use(config, task)
     schedule = {"name": "linear", "warmup_steps": warmup}
     config.optimizer = _adamw(rate, schedule, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     config.optimizer.groups = _frozen("text/pooler/.*")
     config.train = {"steps": steps, "log_every": 50, "checkpoint_every": 2000}
     return config
+
+
+def _use(config: ConfigDict, task: str) -> None:
+    """Data and evaluation as `configs/flava_tasks.py` has them."""
+    from configs import flava_tasks
+
+    given = flava_tasks.task(task)
+    config.data.sources, config.eval = given["changes"]["data"]["sources"], given["eval"]
 
 
 def _probe() -> ConfigDict:
@@ -294,7 +301,8 @@ def _probe() -> ConfigDict:
     config.data = {"batch_size": 1024, "num_workers": 16, "sources": (train,)}
     config.optimizer = _adamw(1e-3, {"name": "cosine"}) | {"groups": _frozen("vision/.*")}
     config.train = {"steps": 12_500, "log_every": 50, "checkpoint_every": 2000}
-    probe = {"kind": "linear_probe", "train": train, "data": {**imagenet, "split": "validation"}, "batch_size": 256}
+    probe = {"kind": "linear_probe", "train": train, "data": {**imagenet, "split": "validation"}}
+    probe |= {"features": "class_token", "batch_size": 256}
     config.eval = {"imagenet": probe}
     return config
 

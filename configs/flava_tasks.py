@@ -72,6 +72,7 @@ VISION = {  # name, folder, metric (as CLIP's protocol has it), number
     "sst": ("SST (rendered)", "wds_renderedsst2", "top1", 57.11),
     "country211": ("Country211", "wds_country211", "top1", 28.92),
 }
+OTHERS = ("vqa", "snli_ve", "hateful_memes")
 RETRIEVAL = {  # file, numbers: text recall at 1 and 5 (of images), image recall at 1 and 5 (of texts)
     "flickr30k": ("Flickr30k", "data/flickr30k/flickr30k_test.json", (67.70, 94.00, 65.22, 89.38)),
     "coco": ("COCO", "data/coco/coco_karpathy_test.json", (42.74, 76.76, 38.38, 67.47)),
@@ -80,11 +81,17 @@ RETRIEVAL = {  # file, numbers: text recall at 1 and 5 (of images), image recall
 
 def get_config() -> ConfigDict:
     """Returns all tasks, in the order of the table."""
-    tasks = {name: _glue(name) for name in GLUE} | {name: _probe(name) for name in VISION}
-    tasks |= {"vqa": _vqa(), "snli_ve": _snli_ve(), "hateful_memes": _memes()}
-    tasks |= {name: _retrieval(name) for name in RETRIEVAL} | {"imagenet_zero_shot": _zero_shot()}
-    listed = tuple({"key": name, **task} for name, task in tasks.items())
-    return ConfigDict({"compare": "FLAVA", "averages": ("NLP", "vision", "multimodal"), "tasks": listed})
+    names = (*GLUE, *VISION, *OTHERS, *RETRIEVAL, "imagenet_zero_shot")
+    tasks = tuple({"key": name, **task(name)} for name in names)
+    return ConfigDict({"compare": "FLAVA", "averages": ("NLP", "vision", "multimodal"), "tasks": tasks})
+
+
+def task(name: str) -> dict:
+    """One task, see `vlm.tasks.settings.Task`."""
+    for makes, known in ((_glue, GLUE), (_probe, VISION), (_retrieval, RETRIEVAL)):
+        if name in known:
+            return makes(name)
+    return {"vqa": _vqa, "snli_ve": _snli_ve, "hateful_memes": _memes, "imagenet_zero_shot": _zero_shot}[name]()
 
 
 def _row(metric: str, of: tuple, paper: dict) -> dict:

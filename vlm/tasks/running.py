@@ -91,7 +91,7 @@ def _train(context: Context, name: str, task: Task, opened: OpenModel) -> bool:
     folder, answers = context.output / name, None
     if task.answers is not None:
         answers = folder / "answers.json"
-        from_primary(functools.partial(_write_answers, answers, task.answers))
+        from_primary(functools.partial(write_answers, answers, task.answers))
     config = fitted(task, opened, context.checkpoint, context.configs, context.data, answers)
     return _train_function()(config, build(Config, config, ""), folder / "run") == 0
 
@@ -134,7 +134,8 @@ def _identity(context: Context, task: Task) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _write_answers(path: Path, settings: dict[str, Any]) -> None:
+def write_answers(path: Path, settings: dict[str, Any]) -> None:
+    """Writes the list of answers that `Task.answers` describes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = frequent_answers(settings["annotations"], settings["count"])
     write_atomically(path, json.dumps(answers, ensure_ascii=False, indent=0).encode())
