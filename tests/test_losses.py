@@ -77,6 +77,35 @@ def test_sharded_equals_one_device(shape, form, dtype, monkeypatch):
         assert np.abs(ours - theirs).max() <= {"float32": 2e-6, "bfloat16": 8e-3}[dtype] * np.abs(theirs).max()
 
 
+def weighted(image, text, scale, shares, candidates):
+    """Every pair's rows and columns of logits, weighted; what is compared with may be a constant."""
+    fixed = (lambda x: x) if candidates else jax.lax.stop_gradient
+    per_image, per_text = scale * jnp.dot(image, fixed(text).T), scale * jnp.dot(text, fixed(image).T)
+    labels = jnp.arange(len(image))
+    return sum(jnp.sum(shares * losses.token_losses(logits, labels)) / 2 for logits in (per_image, per_text))
+
+
+@pytest.mark.parametrize("candidates", [True, False])
+@pytest.mark.parametrize("form", ["rows", "ring"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 1)], ids=str)
+def test_weighted_pairs_and_constant_candidates(shape, form, candidates, monkeypatch):
+    monkeypatch.setattr(losses, "BLOCK_ROWS", 2)
+    arrays, _, _ = case()
+    shares = np.random.default_rng(1).random(32).astype(np.float32)
+    shares[[3, 17]] = 0
+    expected = jax.value_and_grad(weighted, argnums=(0, 1, 2))(*arrays, shares, candidates)
+
+    def loss(*a):
+        return losses.contrastive(*a, weights=shares, candidate_gradients=candidates, form=form)
+
+    grid = np.asarray(jax.devices()[: np.prod(shape)]).reshape(shape)
+    with jax.set_mesh(Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)):
+        found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
+    np.testing.assert_allclose(found[0], expected[0], rtol=2e-6)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-6 * np.abs(theirs).max())
+
+
 def compiled(form, batch, width=16):
     mesh = mesh_of((2, 2, 2))
     split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -2,15 +2,14 @@
 
     python one_of_two.py PORT INDEX FOLDER
 
-FOLDER holds params.npz and the batches pairs.npz, images.npz, texts.npz; the first process writes losses.json there.
+FOLDER holds params.npz and the batches pairs.npz and texts.npz; the first process writes losses.json there.
 """
 
 import json
 import os
 import pathlib
+import re
 import sys
-
-FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 
 
 def main(port, index, folder):
@@ -42,7 +41,7 @@ def main(port, index, folder):
 
     found = {}
     with sharding.use(mesh, settings.rules):
-        for kind in ("pairs", "images", "texts"):
+        for kind in ("pairs", "texts"):
             rows = np.load(folder / f"{kind}.npz")
             half = {name: array[4 * index : 4 * index + 4] for name, array in rows.items()}
             batch = sharding.put_batch(half, split, 8)
@@ -53,6 +52,8 @@ def main(port, index, folder):
 
 
 if __name__ == "__main__":
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    flags += " --xla_force_host_platform_device_count=4"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     sys.path[:0] = [str(pathlib.Path(__file__).parents[3]), str(pathlib.Path(__file__).parent)]
     main(int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]))

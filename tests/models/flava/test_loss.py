@@ -106,6 +106,14 @@ def _ours(pair, batch, **settings):
     return float(value), {name: float(term) for name, term in terms.items()}, flatten(gradients)
 
 
+def _values(pair, batch, **settings):
+    """The losses alone, which compile faster."""
+    _, model, params = pair
+    run = jax.jit(lambda params, batch: loss(model, params, {}, batch, jax.random.key(0), LossConfig(**settings)))
+    value, (terms, _) = run(params, batch)
+    return float(value), {name: float(term) for name, term in terms.items()}
+
+
 def _equal(ours, theirs):
     value, terms, gradients = ours
     np.testing.assert_allclose(value, theirs[0], rtol=2e-5)
@@ -149,7 +157,7 @@ def test_weights_and_positions_gathered_or_not(pair):
 def test_groups_are_averaged_like_devices_of_the_released_code(pair):
     """Each group's loss is Hugging Face's of those rows alone, but for the contrastive candidates, which are all."""
     halves = [_theirs(pair[0], _inputs("pairs", "two groups", rows)) for rows in (slice(0, 4), slice(4, 8))]
-    found = _ours(pair, _inputs("pairs", "two groups"), group_size=4)
+    found = _values(pair, _inputs("pairs", "two groups"), group_size=4)
     for name in ("mmm_image", "mmm_text", "itm"):
         np.testing.assert_allclose(found[1][name], np.mean([half[1][name] for half in halves]), rtol=2e-5)
     reference, model, params = pair
@@ -169,11 +177,13 @@ def test_without_matching_pairs_are_filtered_all_the_same(pair):
     """Hugging Face lets replaced captions into the other losses when itm_weight is 0; that is a setting here."""
     batch = _inputs("pairs", "mixed")
     theirs = _theirs(pair[0], batch, itm=0.0)
-    _equal(_ours(pair, batch, itm=0.0, unfiltered_without_itm=True), theirs)
-    filtered = _ours(pair, batch, itm=0.0)[1]
+    unfiltered = _values(pair, batch, itm=0.0, unfiltered_without_itm=True)
+    np.testing.assert_allclose(unfiltered[0], theirs[0], rtol=2e-5)
+    filtered = _values(pair, batch, itm=0.0)[1]
     expected = _theirs(pair[0], batch)[1]
     for name in ("mmm_image", "mmm_text", "contrastive"):
         np.testing.assert_allclose(filtered[name], expected[name], rtol=2e-5)
+        np.testing.assert_allclose(unfiltered[1][name], theirs[1][name], rtol=2e-5)
         assert abs(filtered[name] - theirs[1][name]) > 1e-4
 
 
@@ -203,16 +213,16 @@ def test_nothing_hidden_costs_nothing(pair):
     assert terms["mmm_image"] == 0 and np.isfinite(value)
 
 
-@pytest.mark.parametrize(("kind", "candidates"), [("images", True), ("texts", True), ("pairs", True), ("pairs", False)])
-def test_eight_devices_equal_one(pair, kind, candidates):
+@pytest.mark.parametrize("kind", ["images", "texts", "pairs"])
+def test_eight_devices_equal_one(pair, kind):
     batch = _inputs(kind, "mixed" if kind == "pairs" else None)
-    one = _ours(pair, batch, candidate_gradients=candidates)
+    one = _ours(pair, batch)
     settings = ShardingConfig(mesh=MeshConfig(4, 2, 1))
     mesh = sharding.make_mesh(settings.mesh)
     split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     with sharding.use(mesh, settings.rules):
         placed = {name: jax.device_put(value, split) for name, value in batch.items()}
-        eight = _ours(pair, placed, candidate_gradients=candidates)
+        eight = _ours(pair, placed)
     np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
     for path, gradient in one[2].items():
         scale = max(np.abs(gradient).max(), 1e-3)  # that of a key's bias is 0 but for rounding
@@ -328,7 +338,7 @@ def test_locked_is_exactly_what_gets_no_gradient(pair, settings):
 
 def test_two_processes_equal_one(pair, tmp_path):
     """Two real processes of four devices each, every one with half of the rows."""
-    kinds = {"pairs": "mixed", "images": None, "texts": None}
+    kinds = {"pairs": "mixed", "texts": None}
     for kind, itm in kinds.items():
         np.savez(tmp_path / f"{kind}.npz", **_inputs(kind, itm))
     np.savez(tmp_path / "params.npz", **flatten(pair[2]))
