@@ -253,9 +253,12 @@ def test_runs_prints_and_reads_back(data, config, tiny_flava, tmp_path, capsys, 
     assert line.split() == ["MNIST", "accuracy", "98.42", "100.00", "+1.58"]
 
     monkeypatch.setattr(running, "_evaluate", None)  # nothing is run again
-    assert run(capsys, *command, "--only=mnist")[1] == out.replace('["food101"]', "[]").split("\n\nabsent")[
-        0
-    ] + "\n" + (json.dumps({**last, "absent": []}) + "\n")
+    again = run(capsys, *command, "--only=mnist")[1]
+    assert again.split("\n{")[0] == out.split("\n\nabsent data:")[0]
+    assert json.loads(again.splitlines()[-1]) == {**last, "absent": []}
+    monkeypatch.setattr(running, "_train_function", lambda: lambda config, settings, workdir: 75)
+    status, out, _ = run(capsys, *command, "--only=rte,mnist")  # stopped in a training
+    assert status == 75 and json.loads(out.splitlines()[-1])["ours"] == last["ours"]
     status, _, err = run(capsys, *command, "--limit=3")
     assert status == 2 and err.startswith(f"error: --output: {output}/stsb is of another")
 
