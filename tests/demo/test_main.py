@@ -74,7 +74,7 @@ def test_the_chain_from_data_to_page(demo_data, tmp_path, monkeypatch, capsys):
 
 
 def test_stories_that_need_data_say_so(tmp_path, capsys):
-    for flags, named in ((["nlvr"], "--nlvr=DIR"), (["blip", "--nlvr=x"], "--nlvr=DIR"), (["flava"], "altclip")):
+    for flags, named in ((["nlvr"], "--nlvr=DIR"), (["blip", "--nlvr=x"], "--nlvr=DIR"), (["flamingo"], "altclip")):
         with pytest.raises(SystemExit) as error:
             demo.main([*flags, f"--output={tmp_path / 'out'}"])
         assert error.value.code == 2 and named in capsys.readouterr().err

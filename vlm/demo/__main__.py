@@ -3,6 +3,7 @@
     python -m vlm.demo --output=demo_output
     python -m vlm.demo blip                      two handwritten digits: captions, questions and answers
     python -m vlm.demo nlvr --nlvr=FOLDER        true or false: people's sentences about drawn scenes
+    python -m vlm.demo flava                     six losses on pairs, pictures and texts, beside random weights
 
 Every step is one of the commands that a run on a pod consists of; they are printed as they run. The last line on
 standard output is the JSON line of eval.py, everything else goes to standard error. What is complete is kept: the same
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.demo import blip, steps
+from vlm.demo import blip, flava, steps
 from vlm.demo.phrases import LANGUAGES
 from vlm.errors import Parser, UserError, exit_on_user_error
 
@@ -31,7 +32,7 @@ MARKS = {code: 0.95 if code == "en" else 0.90 for code in LANGUAGES}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = Parser(prog="python -m vlm.demo", description=__doc__)
-    parser.add_argument("story", nargs="?", default="altclip", choices=("altclip", "blip", "nlvr"))
+    parser.add_argument("story", nargs="?", default="altclip", choices=("altclip", "blip", "nlvr", "flava"))
     parser.add_argument("--output", metavar="DIR", default=steps.DEFAULT_OUTPUT, help="where everything goes")
     parser.add_argument("--data_only", action="store_true", help="prepare the data and stop")
     parser.add_argument("--nlvr", metavar="DIR", help="NLVR's archives of scenes (story nlvr)")
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = Path(options.output)
         if options.story == "blip":
             return blip.digits(output, options.data_only)
+        if options.story == "flava":
+            return flava.digits(output, options.data_only)
         if options.story == "nlvr":
             return blip.nlvr(output, Path(options.nlvr), options.data_only)
         return run(output, options.data_only)

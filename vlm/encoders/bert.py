@@ -33,6 +33,7 @@ class BertConfig:
       positions: "roberta" counts real tokens from pad_id + 1; "absolute" counts columns from 0.
       pre_norm: normalise before each sub-layer and once after the last (FLAVA) instead of after each (BERT).
       pooler: tanh(Linear(first token)) as `pooler_output`.
+      init_std: of the layers' random kernels; small models need more than BERT's 0.02, about hidden_size**-0.5.
       remat, scan_unroll: see `layers.transformer.scan_layers`.
     """
 
@@ -52,6 +53,7 @@ class BertConfig:
     pooler: bool = False
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
+    init_std: float = 0.02
     dtype: str = "float32"
     remat: Remat = "none"
     scan_unroll: int = 1
@@ -130,7 +132,7 @@ class Bert(nn.Module):
 
     @nn.compact
     def _layers(self, hidden: jax.Array, mask: jax.Array | None, **flags: Any) -> StackOutput:
-        config = self.config
+        config, init = self.config, nn.initializers.normal(self.config.init_std)
         block = partial(
             TransformerBlock,
             num_heads=config.num_heads,
@@ -142,6 +144,7 @@ class Bert(nn.Module):
             qkv_bias=config.qkv_bias,
             dropout_rate=config.dropout_rate,
             attention_dropout_rate=config.attention_dropout_rate,
+            **dict.fromkeys(("qkv_init", "out_init", "up_init", "down_init"), init),
             dtype=jnp.dtype(config.dtype),
         )
         return scan_layers(

@@ -28,6 +28,7 @@ class FusionConfig:
     Attributes:
       class_token: a learned token in front, which stands for the pair.
       pooler: tanh(Linear(first token)) as `pooler_output`.
+      init_std: of the layers' random kernels; small models need more than 0.02, about hidden_size**-0.5.
       remat, scan_unroll: see `layers.transformer.scan_layers`.
     """
 
@@ -42,6 +43,7 @@ class FusionConfig:
     pooler: bool = True
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    init_std: float = 0.02
     dtype: str = "float32"
     remat: Remat = "none"
     scan_unroll: int = 1
@@ -79,6 +81,7 @@ class FusionEncoder(nn.Module):
             token = jnp.broadcast_to(token.astype(dtype), (len(hidden), 1, config.hidden_size))
             hidden = jnp.concatenate([token, hidden], axis=1)
             mask = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
+        init = nn.initializers.normal(config.init_std)
         block = partial(
             TransformerBlock,
             num_heads=config.num_heads,
@@ -89,6 +92,7 @@ class FusionEncoder(nn.Module):
             qkv_bias=config.qkv_bias,
             dropout_rate=config.dropout_rate,
             attention_dropout_rate=config.attention_dropout_rate,
+            **dict.fromkeys(("qkv_init", "out_init", "up_init", "down_init"), init),
             dtype=dtype,
         )
         flags: dict[str, Any] = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}

@@ -1,0 +1,84 @@
+"""FLAVA, small, on pictures of handwritten digits: all six losses on three streams, minutes on two CPU cores.
+
+    python -m vlm.demo flava                      prepares the data, trains, compares with random weights
+
+    pairs   70 %   scenes of two digits with their captions             contrastive, mmm_image, mmm_text, itm
+    images  15 %   single digits, somewhere on the paper                mim
+    text    15 %   captions, questions with their answers               mlm
+
+Visual words are the k-means clusters of the training pictures' patches, computed beforehand (`data.codebook_cache`).
+`configs/flava_digits.py:digits,FOLDER` reads from FOLDER instead of demo_output.
+"""
+
+from ml_collections import ConfigDict
+
+from vlm.demo import digits, scenes, visual_words
+
+WIDTH = {"hidden_size": 64, "num_heads": 4, "mlp_dim": 256, "num_layers": 2}
+INIT_STD = WIDTH["hidden_size"] ** -0.5
+MAX_LENGTH, TEXT_LENGTH = 13, 18
+
+
+def get_config(variant: str = "digits") -> ConfigDict:
+    """Returns the configuration of `digits`."""
+    name, _, folder = variant.partition(",")
+    if name != "digits":
+        raise ValueError(f"unknown variant {name!r}; choose from digits")
+    return _digits(folder or "demo_output")
+
+
+def _digits(folder: str) -> ConfigDict:
+    side = scenes.SIZE
+    model = {
+        "vision": {**WIDTH, "image_size": side, "patch_size": digits.PATCH, "init": "clip"},
+        "text": {**WIDTH, "init_std": INIT_STD, "vocab_size": len(scenes.vocabulary()), "max_length": TEXT_LENGTH},
+        "fusion": {**WIDTH, "init_std": INIT_STD},
+        "projection_dim": 64,
+        "image_vocab_size": visual_words.COUNT,
+        "codebook": None,
+    }
+    config = ConfigDict({"family": "flava", "model": model})
+    config.loss = {"max_masked_patches": 14, "max_masked_tokens": None}
+    config.processor = {
+        "tokenizer": f"{folder}/scenes/tokenizer",
+        "image": {"size": side, "crop": None, "mode": "exact"},
+        "patch_size": digits.PATCH,
+        "codebook_size": None,
+        "mask_patches": 14,  # of 36, FLAVA's share
+        "blocks": {"min_patches": 3},
+        "max_length": MAX_LENGTH,
+        "text_length": TEXT_LENGTH,
+        "itm_probability": 0.3,
+    }
+    config.data = {
+        "batch_size": 64,
+        "streams": {"pairs": 0.7, "images": 0.15, "text": 0.15},
+        "sources": tuple({**source, "stream": stream} for stream, source in digits.sources(folder, "train").items()),
+        "codebook_cache": f"{folder}/flava/visual_words",
+    }
+    config.optimizer = {
+        "name": "adamw",
+        "lr": 2e-3,
+        "schedule": {"name": "cosine", "warmup_steps": 100},
+        "betas": (0.9, 0.98),
+        "weight_decay": 0.05,
+        "decay_exclude": ("logit_scale",),
+        "grad_clip_norm": 1.0,
+        "groups": (("(vision|text|fusion)/pooler/.*", {"freeze": True}), (".*", {})),
+    }
+    config.train = {"steps": 1500, "log_every": 50}
+    config.eval = _evaluations(folder)
+    return config
+
+
+def _evaluations(folder: str) -> dict:
+    """On held-out scans: which digit (linear probe), whether a caption is right, which caption, which picture."""
+    single = {name: {"kind": "json", "path": f"{folder}/flava/digits_{name}.json"} for name in ("train", "test")}
+    matches = {"kind": "json", "path": f"{folder}/flava/matches_test.json", "root": f"{folder}/scenes"}
+    scene = {"kind": "json", "path": f"{folder}/scenes/caption_test.json"}
+    probe = {"kind": "linear_probe", "train": single["train"], "data": single["test"], "features": "class_token"}
+    return {
+        "probe": {**probe, "batch_size": 120},
+        "matching": {"kind": "nlvr2", "head": "match", "data": matches, "batch_size": 100},
+        "retrieval": {"kind": "retrieval", "data": scene, "text": "caption", "group": "caption", "batch_size": 100},
+    }

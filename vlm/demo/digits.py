@@ -1,0 +1,109 @@
+"""What FLAVA's demonstration reads beside the scenes of two digits, in one folder.
+
+    images/train_00000.png …                 24 × 24 pixels: one scan somewhere on white paper
+    digits_train.json, digits_test.json      [{"image", "label"}]
+    texts_train.json, texts_test.json        [{"text"}]: captions, and questions with their answers
+    matches_test.json                        [{"image", "text", "label"}]: captions of test scenes, half wrong
+    visual_words, visual_words.npy           visual words of all pictures, and what they look like
+
+Training pictures are made of the scans that `prepare` trains on, test pictures of those it tests on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.demo import scenes, visual_words
+from vlm.demo.prepare import load_scans, png, split
+
+DIGITS = {"train": 4000, "test": 720}
+PATCH = 4
+
+
+def sources(folder: str, split: str) -> dict[str, dict[str, Any]]:
+    """The source of each stream of data, of the "train" or the "test" split, below the demonstration's folder."""
+    names = {"image": "image", "text": "caption"}
+    return {
+        "pairs": {"kind": "json", "path": f"{folder}/scenes/caption_{split}.json", "fields": names},
+        "images": {"kind": "json", "path": f"{folder}/flava/digits_{split}.json", "fields": {"image": "image"}},
+        "text": {"kind": "json", "path": f"{folder}/flava/texts_{split}.json", "fields": {"text": "text"}},
+    }
+
+
+def prepare_digits(scenes_folder: Path, folder: str | os.PathLike, seed: int = 0) -> Path:
+    """Writes the folder, whole or not at all; a folder that is there already is left as it is. Returns it."""
+    folder = Path(folder)
+    if folder.exists():
+        return folder
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        (draft / "images").mkdir(parents=True)
+        scans, labels = load_scans()
+        for number, (name, rows) in enumerate(split(labels, seed).items()):
+            rng = np.random.default_rng((seed, 3, number))
+            _write_digits(draft, name, scans[rows], labels[rows], rng)
+            _write_json(draft / f"texts_{name}.json", [{"text": text} for text in _texts(scenes_folder, name)])
+        _write_json(draft / "matches_test.json", matches(_read(scenes_folder / "caption_test.json"), rng))
+        pictures = {name: _pictures(scenes_folder, name) + _pictures(draft, name) for name in DIGITS}
+        visual_words.write(draft, pictures["train"], pictures["test"], scenes.SIZE, PATCH, seed)
+        os.rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def matches(rows: Sequence[dict[str, Any]], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Every scene with its caption, and once more with another scene's, unlike its own."""
+    found = []
+    for row in rows:
+        own = row["caption"][0]
+        others = [other["caption"][0] for other in rows if other["caption"][0] != own]
+        for text, label in ((own, True), (str(rng.choice(others)), False)):
+            found.append({"image": row["image"], "text": text, "label": label})
+    return found
+
+
+def _write_digits(folder: Path, name: str, scans: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> None:
+    rows = []
+    for number in range(DIGITS[name]):
+        place = int(rng.integers(len(scans))) if name == "train" else number % len(scans)
+        scan = scenes.vary(scans[place], rng) if name == "train" else scans[place]
+        image = f"images/{name}_{number:05d}.png"
+        (folder / image).write_bytes(png(_paper(scan, rng)))
+        rows.append({"image": image, "label": int(labels[place])})
+    _write_json(folder / f"digits_{name}.json", rows)
+
+
+def _paper(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A scan uint8[8, 8] on white paper uint8[24, 24], on the grid of `scenes.scene`."""
+    paper = np.full((scenes.SIZE, scenes.SIZE), 255, np.uint8)
+    row, column = scenes.STEP * rng.integers(0, (scenes.SIZE - scenes.SCAN) // scenes.STEP + 1, 2)
+    paper[row : row + scenes.SCAN, column : column + scenes.SCAN] = scan
+    return paper
+
+
+def _texts(folder: Path, name: str) -> list[str]:
+    captions = [row["caption"] for row in _read(folder / f"caption_{name}.json")]
+    said = [scenes.PROMPT + (text if isinstance(text, str) else text[0]) for text in captions]
+    asked = [f"{row['question']} {row['answer'][0]}" for row in _read(folder / f"vqa_{name}.json")]
+    return said + asked[: len(said)]
+
+
+def _pictures(folder: Path, name: str) -> list[Path]:
+    return sorted((folder / "images").glob(f"{name}_*.png"))
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
