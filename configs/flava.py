@@ -261,7 +261,7 @@ def _finetune(task: str) -> ConfigDict:
         _use(config, task)
     config.optimizer = _adamw(rate, {"name": "cosine", "warmup_steps": 2000}, weight_decay=1e-2)
     config.optimizer.groups = _frozen("(vision|text|fusion)/pooler/.*")
-    config.train = {"steps": steps, "log_every": 50, "checkpoint_every": 2000}
+    config.train = {"steps": steps, "log_every": 50, "checkpoint_every": 2000, "text_lengths": (32, 48)}
     return config
 
 
@@ -276,7 +276,7 @@ def _glue(task: str) -> ConfigDict:
     schedule = {"name": "linear", "warmup_steps": warmup}
     config.optimizer = _adamw(rate, schedule, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     config.optimizer.groups = _frozen("text/pooler/.*")
-    config.train = {"steps": steps, "log_every": 50, "checkpoint_every": 2000}
+    config.train = {"steps": steps, "log_every": 50, "checkpoint_every": 2000, "text_lengths": (64, 128, 256)}
     return config
 
 

@@ -99,6 +99,15 @@ def test_fine_tuning_follows_the_published_schedules():
     np.testing.assert_allclose([rate(s) for s in (1000, 2000, 23_000, 44_000)], [5e-5, 1e-4, 5e-5, 0], atol=1e-9)
 
 
+def test_fine_tuning_skips_padding():
+    for variant in (*flava.TASKS, *(f"glue_{task}" for task in flava.GLUE)):
+        settings = settings_of(variant)
+        texts = settings.processor["text_length"] if variant.startswith("glue") else 77
+        lengths = settings.train.text_lengths
+        assert lengths and list(lengths) == sorted(lengths) and 2 * lengths[0] < texts and lengths[-1] < texts
+        assert lengths == ((64, 128, 256) if texts == 512 else (32, 48))
+
+
 def test_dry_runs_show_what_every_stream_gives(capsys):
     assert train.main(["--config=configs/flava.py:tiny,/nowhere", "--dry_run"]) == 0
     images, pairs, text = (part.split() for part in capsys.readouterr().out.split("== one batch of ")[1:])
