@@ -314,6 +314,8 @@ def _finetuned(objective: str, reads: str, outputs: int, weights: str) -> Config
     config.model.classifier = {"num_labels": outputs, "input": reads}
     config.loss = {"objective": objective}
     config.processor = {"tokenizer": "checkpoints/bert-base-uncased", "task": objective}
+    if objective == "classification":
+        config.processor.num_labels = outputs
     config.init = ({"path": FULL, "include": weights},)
     config.precision = {"compute": "bfloat16"}
     return config

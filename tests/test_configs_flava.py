@@ -9,6 +9,7 @@ import pytest
 
 import train
 from vlm.config import build, parse_config_flag
+from vlm.errors import UserError
 from vlm.evaluation import KINDS
 from vlm.evaluation.runner import Feeding
 from vlm.experiment import experiment
@@ -45,6 +46,8 @@ def test_all_settings_are_known(variant):
         assert max(processor.max_length, processor.text_length) <= model.text.max_length
     if loss.objective == "soft_labels":
         assert processor.num_answers == model.classifier.num_labels
+    if loss.objective == "classification":
+        assert processor.num_labels == model.classifier.num_labels
     for name, spec in settings.eval.items():
         kind, common = KINDS[spec["kind"]][0], vars(Feeding())
         build(kind, {key: value for key, value in spec.items() if key not in ("kind", *common)}, name)
@@ -97,6 +100,12 @@ def test_fine_tuning_follows_the_published_schedules():
     np.testing.assert_allclose([rate(s) for s in (993, 1986, 17_549, 33_112)], [5e-6, 1e-5, 5e-6, 0], atol=1e-9)
     rate = learning_rate(settings_of("vqa").optimizer, 44_000)
     np.testing.assert_allclose([rate(s) for s in (1000, 2000, 23_000, 44_000)], [5e-5, 1e-4, 5e-5, 0], atol=1e-9)
+
+
+def test_another_number_of_classes_than_the_classifier_has_is_refused():
+    config = parse_config_flag("configs/flava.py:glue_mnli", ["--config.model.classifier.num_labels=4"])
+    with pytest.raises(UserError, match="processor.num_labels: expected the 4 of config.model.classifier, found 3"):
+        experiment(build(Config, config, ""))
 
 
 def test_fine_tuning_skips_padding():

@@ -13,7 +13,7 @@ from vlm import dry_run, precompute
 from vlm.config import build, parse_config_flag
 from vlm.data.teacher_cache import TeacherCache, write_cache
 from vlm.errors import UserError
-from vlm.experiment import experiment, make_loader, make_processor
+from vlm.experiment import experiment, make_loader, make_processor, open_data
 from vlm.models import get_family
 from vlm.models.altclip import AltCLIP, AltCLIPConfig, example
 from vlm.models.flava import FLAVA, FLAVAConfig
@@ -172,5 +172,11 @@ def test_visual_words_are_refused_where_they_would_be_wrong(scenes, tmp_path, ca
     cached = {"data": {"codebook_cache": str(folder / "words")}}
     with pytest.raises(UserError, match="codebook_size: expected None with config.data.codebook_cache, found 48"):
         _first_batch(folder, **cached)
+    changes = {"data.codebook_cache": folder / "words", "processor.augment": None, "processor.codebook_size": None}
+    changes |= {"model.codebook": None, "model.image_vocab_size": 32}
+    flags = [f"--config.{name}={value}" for name, value in changes.items()]
+    settings = build(Config, parse_config_flag(f"{FLAVA_CONFIG}:tiny,{folder}", flags), "")
+    with pytest.raises(UserError, match=r"image_vocab_size: expected the 64 visual words of .*words, found 32"):
+        open_data(settings, make_processor(settings, get_family("flava")), settings.data.sources)
     with pytest.raises(UserError, match=r"36 visual words, but \(3, 3\) patches"):
         _first_batch(folder, **cached, codebook_size=None, patch_size=8)

@@ -65,6 +65,9 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
         )
     if settings.data.teacher_cache is not None and not hasattr(loss_config, "target_dim"):
         raise UserError(f"config.data.teacher_cache: no objective of {family.name} learns from precomputed embeddings")
+    processor_config: Any = build(family.processor_type, settings.processor, "processor")
+    if hasattr(processor_config, "check"):
+        processor_config.check(model_config, loss_config)
     model = family.module(model_config)
 
     def init_params(key: jax.Array) -> Any:
@@ -75,7 +78,7 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
     def init_extra(params: Any, key: jax.Array) -> Any:
         return family.init_extra(model, params, key, loss_config)
 
-    pixels: Any = getattr(build(family.processor_type, settings.processor, "processor"), "image", None)
+    pixels: Any = getattr(processor_config, "image", None)
 
     def loss(params: Any, extra: Any, batch: Any, rng: jax.Array) -> Any:
         if "image" in batch and batch["image"].dtype == jnp.uint8:
@@ -150,17 +153,23 @@ def open_data(
             )
         transform = WithTarget(transform, cache)
     if settings.data.codebook_cache is not None:
-        transform = WithPatchLabels(transform, _codebook_cache(settings.data.codebook_cache, processor))
+        transform = WithPatchLabels(transform, _codebook_cache(settings, processor))
     return sources, weights, transform
 
 
-def _codebook_cache(path: str, processor: Any) -> TeacherCache:
-    cache, kind = TeacherCache(path), "visual words"
+def _codebook_cache(settings: Config, processor: Any) -> TeacherCache:
+    path, kind = settings.data.codebook_cache or "", "visual words"
+    cache = TeacherCache(path)
     if cache.teacher.split(":")[0] != "codebook":
         raise UserError(f"{path}: expected {kind}, found embeddings of {cache.teacher.split(':')[0]!r}")
     if not hasattr(processor, "check_patch_labels"):
         raise UserError(f"config.data.codebook_cache: this family's pictures have no {kind}")
     processor.check_patch_labels(cache.dim)
+    known = build(get_family(settings.family).config_type, settings.model, "model").image_vocab_size
+    if cache.vocab_size not in (None, known):
+        raise UserError(
+            f"config.model.image_vocab_size: expected the {cache.vocab_size} {kind} of {path}, found {known}"
+        )
     return cache
 
 

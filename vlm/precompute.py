@@ -131,7 +131,7 @@ def precompute_words(settings: Config, output: str, batch_size: int) -> int:
         labels = jax.jit(words, in_shardings=(None, split))
         batches = _words(sources, processor, lambda image: labels({"params": params}, image), batch_size)
         fingerprint = f"codebook:{_digest(config.codebook, params)}"
-        return write_cache(output, batches, teacher=fingerprint, dtype="uint16")
+        return write_cache(output, batches, teacher=fingerprint, dtype="uint16", vocab_size=config.image_vocab_size)
 
 
 def _codebook(settings: Config, model: Any, mesh: Any) -> Any:

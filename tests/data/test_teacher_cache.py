@@ -167,3 +167,11 @@ def test_whole_numbers_by_encoded_picture(tmp_path):
     row = joined({"image": b"b"}, np.random.default_rng(0), True)
     assert row["given"] and (row["patch_labels"] == words[1]).all()
     assert joined({"text": "b"}, np.random.default_rng(0), True).keys() == {"given"}
+
+
+def test_visual_words_stay_below_their_number(tmp_path):
+    words = np.array([[0, 7], [3, 1]])
+    write_cache(tmp_path / "c", [(["a", "b"], words)], teacher="codebook:x", dtype="uint16", vocab_size=8)
+    assert TeacherCache(tmp_path / "c").vocab_size == 8
+    with pytest.raises(UserError, match="visual words: expected numbers below 7, found 7"):
+        write_cache(tmp_path / "d", [(["a", "b"], words)], teacher="codebook:x", dtype="uint16", vocab_size=7)

@@ -57,6 +57,7 @@ def write_cache(
     *,
     teacher: str,
     dtype: str = "float16",
+    vocab_size: int | None = None,
     rows_per_shard: int = 1 << 18,
 ) -> int:
     """Writes a cache; returns how many distinct items it holds. An item met again keeps its first row.
@@ -66,11 +67,12 @@ def write_cache(
         batches: items (sentences, or encoded pictures) and their rows.
         teacher: fingerprint of the model that made them, compared when the cache is opened.
         dtype: float16, bfloat16, float32, or uint16 for whole numbers.
+        vocab_size: of visual words; every number of a row is below it.
         rows_per_shard: rows of one file.
 
     Raises:
         UserError: the folder is there already, an unknown dtype, shapes that do not fit, values that are not finite
-            (in `dtype`), or no sentence at all.
+            (in `dtype`) or not below `vocab_size`, or no sentence at all.
     """
     path = pathlib.Path(path)
     if path.exists():
@@ -81,7 +83,7 @@ def write_cache(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        writer = _Writer(temporary, dtype, rows_per_shard)
+        writer = _Writer(temporary, dtype, rows_per_shard, vocab_size)
         for sentences, embeddings in batches:
             writer.add(sentences, np.asarray(embeddings))
         count = writer.finish(teacher)
@@ -93,8 +95,8 @@ def write_cache(
 
 
 class _Writer:
-    def __init__(self, folder: pathlib.Path, dtype: str, rows_per_shard: int):
-        self._folder, self._dtype, self._limit = folder, dtype, rows_per_shard
+    def __init__(self, folder: pathlib.Path, dtype: str, rows_per_shard: int, vocab_size: int | None):
+        self._folder, self._dtype, self._limit, self._vocab_size = folder, dtype, rows_per_shard, vocab_size
         self._known: dict[bytes, int] = {}
         self._shards: list[dict[str, Any]] = []
         self._pending: list[np.ndarray] = []
@@ -106,6 +108,8 @@ class _Writer:
         self._dim = embeddings.shape[1] if self._dim is None else self._dim
         if embeddings.shape[1] != self._dim:
             raise UserError(f"teacher cache: embeddings of {embeddings.shape[1]} numbers after {self._dim}")
+        if self._vocab_size is not None and embeddings.size and embeddings.max() >= self._vocab_size:
+            raise UserError(f"visual words: expected numbers below {self._vocab_size}, found {embeddings.max()}")
         stored = encode(embeddings, self._dtype)
         finite = np.isfinite(decode(stored, self._dtype)).all(axis=1)
         if not finite.all():
@@ -135,7 +139,7 @@ class _Writer:
         files = {name: _save(self._folder / f"{name}.npy", array) for name, array in
                  (("keys", keys[order]), ("rows", order.astype(np.int64)))}  # fmt: skip
         manifest = {"format_version": _FORMAT, "dtype": self._dtype, "dim": self._dim, "count": len(keys)}
-        manifest |= {"teacher": teacher, "shards": self._shards, "index": files}
+        manifest |= {"teacher": teacher, "vocab_size": self._vocab_size, "shards": self._shards, "index": files}
         with open(self._folder / "manifest.json", "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
@@ -188,6 +192,7 @@ class _Manifest:
     teacher: str
     shards: list
     index: dict
+    vocab_size: int | None = None
 
 
 class TeacherCache:
@@ -201,6 +206,7 @@ class TeacherCache:
     Attributes:
         dim: numbers in one row.
         teacher: fingerprint of the model that made them.
+        vocab_size: of visual words, where known.
 
     Raises:
         UserError: no cache there, another teacher's, or a file missing, cut short or (with `verify`) changed.
@@ -220,6 +226,7 @@ class TeacherCache:
             raise UserError(f"{self.path}: not a teacher cache of format {_FORMAT}")
         if teacher is not None and teacher != manifest.teacher:
             raise UserError(f"{self.path}: made by teacher {manifest.teacher}, expected {teacher}")
+        self.vocab_size = manifest.vocab_size
         self.dim, self.teacher, self._dtype, self._ends = manifest.dim, manifest.teacher, manifest.dtype, ends
         for name, size, digest in sizes:
             self._check(name, size, digest if verify else None)
@@ -275,8 +282,8 @@ class TeacherCache:
             place += 1
         raise FatalDataError(f"teacher cache {self.path} has no embedding of {_shown(item)}")
 
-    def lookup(self, sentences: Sequence[str]) -> Num[np.ndarray, "b dim"]:
-        """Returns the embeddings of several sentences; raises UserError naming the first that is missing."""
+    def lookup(self, sentences: Sequence[str] | Sequence[bytes]) -> Num[np.ndarray, "b dim"]:
+        """Returns the rows of several sentences or pictures; raises UserError naming the first that is missing."""
         return np.stack([self[sentence] for sentence in sentences])
 
 

@@ -68,7 +68,7 @@ def write(folder: Path, train: Iterable[Path], others: Iterable[Path], side: int
         for image, rows in images.items():
             yield [image], nearest(rows, means)[None]
 
-    write_cache(folder / "visual_words", batches(), teacher=f"codebook:{digest}", dtype="uint16")
+    write_cache(folder / "visual_words", batches(), teacher=f"codebook:{digest}", dtype="uint16", vocab_size=COUNT)
 
 
 def read(folder: str | os.PathLike) -> UInt8[np.ndarray, "v h w c"]:

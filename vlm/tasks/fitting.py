@@ -51,6 +51,9 @@ def fitted(
         count = len(read_answer_list(str(answers)))
         classes = {"answers": str(answers), "num_answers": count}
         config = _merged(config, {"processor": classes, "model": {"classifier": {"num_labels": count}}})
+    head = config["model"].get("classifier") or {}
+    if config["processor"].get("num_labels") is not None and "num_labels" in head:
+        config["processor"]["num_labels"] = head["num_labels"]
     result = complete(ConfigDict(config))
     result.lock()
     return result

@@ -278,6 +278,14 @@ def test_labels_of_fine_tuning(tokenizer, tmp_path):
             make(tokenizer, task=task).example({"key": "k", "text": "a", "label": label}, rng(), True)
 
 
+def test_labels_are_compared_with_the_number_of_classes(tokenizer):
+    processor = make(tokenizer, task="classification", num_labels=2)
+    for label in (0, 1, -1, True):
+        assert processor.example({"text": "a", "label": label}, rng(), True)["labels"] == int(label)
+    with pytest.raises(UserError, match="example k: label: expected one of the classes 0 to 1, found 2"):
+        processor.example({"key": "k", "text": "a", "label": 2}, rng(), True)
+
+
 def test_pictures_of_fine_tuning_may_be_varied_in_any_way(tokenizer):
     options = {"task": "classification", "augment": AugmentSettings(flip=1.0, scale=(1.0, 1.0), ratio=(1.0, 1.0))}
     processor = make(tokenizer, **options)
@@ -295,6 +303,7 @@ def test_pictures_of_fine_tuning_may_be_varied_in_any_way(tokenizer):
         ({"mlm_probability": 1.0}, r"mlm_probability: expected a share in \[0, 1\), found 1.0"),
         ({"itm_probability": -0.1}, "itm_probability"),
         ({"patch_size": 15}, "patch_size: expected a divisor"),
+        ({"num_labels": 0}, "num_labels: expected at least 1, found 0"),
     ],
 )
 def test_wrong_settings(options, message):

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from vlm.data.augment import AugmentSettings, augment, random_box
-from vlm.data.block_masking import BlockSettings, block_mask
+from vlm.data.augment import augment, random_box
+from vlm.data.block_masking import block_mask
 from vlm.data.image import ImageInput, ImageSettings, open_image, process
 from vlm.data.masking import mask_tokens, mask_words
 from vlm.data.text import one_text
@@ -20,74 +20,16 @@ from vlm.errors import UserError
 from vlm.manifest import write_atomically
 from vlm.models.flava import targets
 from vlm.models.flava.image_files import read_image_settings, write_image_settings
+from vlm.models.flava.processor_config import ProcessorConfig
 from vlm.strict import build
 from vlm.tokenizers import Tokenizer, load
 from vlm.tokenizers.files import read_json, read_json_if_present
 from vlm.tokenizers.loading import FILE_NAMES
 from vlm.tokenizers.tokenizer_json import LibraryTokenizer
 
-Task = Literal["pretrain", "classification", "regression", "soft_labels"]
 _SETTINGS_FILE = "vlm_processor.json"
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-_STORED = ("task", "max_length", "text_length", "mlm_probability", "itm_probability")
-_COLOURS = ("flip", "brightness", "contrast", "saturation", "hue", "grayscale", "rand_augment")
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessorConfig:
-    """The processor's section of a configuration.
-
-    Attributes:
-        tokenizer: folder or file of a BERT vocabulary that `vlm.tokenizers.load` reads; None: not needed.
-        task: what examples are made for, as `loss.objective` (see `Processor.example`).
-        image: how pictures become arrays; FLAVA squashes them to a square (VQA: 480).
-        augment: random variation of pictures in training; None: pictures as in evaluation. Pretraining crops them, with
-            scale (0.9, 1.0), and does nothing else: both pictures below come from one crop.
-        max_length: length of token rows, and `text_length` of those of training examples without a picture.
-        patch_size: pixels along the side of a patch. mask_patches, blocks: how many are hidden in pretraining, how.
-        codebook_size: pixels along the side of the codebook's picture, 8 for each patch; None: it is not made, as
-            where labels are computed beforehand (`config.data.codebook_cache`).
-        mlm_probability: share of tokens hidden in pretraining; of pairs whole words.
-        itm_probability: share of pairs that get the caption of another example in pretraining; 0: none, no labels.
-        answers: JSON file with the list of answers that "soft_labels" scores; num_answers: how many there must be.
-        normalise: False makes training examples with uint8 pictures, that the training step normalises on the device.
-    """
-
-    tokenizer: str | None = None
-    task: Task = "pretrain"
-    image: ImageSettings = dataclasses.field(default_factory=lambda: ImageSettings(224, None, mode="exact"))
-    augment: AugmentSettings | None = None
-    max_length: int = 77
-    text_length: int = 512
-    patch_size: int = 16
-    mask_patches: int = 75
-    blocks: BlockSettings = dataclasses.field(default_factory=BlockSettings)
-    codebook_size: int | None = 112
-    mlm_probability: float = 0.15
-    itm_probability: float = 0.1
-    answers: str | None = None
-    num_answers: int = 3129
-    normalise: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_length", 3), ("text_length", 3), ("patch_size", 1), ("mask_patches", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: expected at least {least}, found {getattr(self, name)}")
-        for name in ("mlm_probability", "itm_probability"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}: expected a share in [0, 1), found {getattr(self, name)}")
-        size = self.image.output_size
-        if size is not None and any(side % self.patch_size for side in size):
-            raise UserError(f"patch_size: expected a divisor of the image's {size}, found {self.patch_size}")
-        varied = [name for name in _COLOURS if self.augment is not None and getattr(self.augment, name)]
-        if self.task == "pretrain" and varied:
-            raise UserError(f"augment: pretraining only crops pictures, found {varied[0]}")
-
-    @property
-    def grid(self) -> tuple[int, int] | None:
-        """Patches of a picture."""
-        size = self.image.output_size
-        return size and (size[0] // self.patch_size, size[1] // self.patch_size)
+_STORED = ("task", "num_labels", "max_length", "text_length", "mlm_probability", "itm_probability")
 
 
 class Processor:
@@ -266,7 +208,7 @@ class Processor:
     def _targets(self, example: Mapping[str, Any], name: str, train: bool) -> dict[str, np.ndarray]:
         task, label, answer = self.config.task, example.get("label"), example.get("answer")
         if task == "classification" and (train or label is not None):
-            return {"labels": targets.class_label(label, f"{name}: label")}
+            return {"labels": targets.class_label(label, f"{name}: label", self.config.num_labels)}
         if task == "regression" and (train or label is not None):
             return {"labels": targets.value_label(label, f"{name}: label")}
         if task == "soft_labels" and (train or answer is not None):
