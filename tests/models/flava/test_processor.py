@@ -138,6 +138,15 @@ def test_hugging_face_reads_what_is_saved_and_the_other_way_round(tmp_path, toke
     [
         ({"codebook_size": 224}, "codebook_size: expected one square size"),
         ({"codebook_resample": 3}, "codebook_resample: expected 1, found 3"),
+        (
+            {"codebook_image_mean": [0.5] * 3},
+            r"codebook_image_mean: expected \[0.0, 0.0, 0.0\], found \[0.5, 0.5, 0.5\]",
+        ),
+        ({"codebook_image_std": 2.0}, r"codebook_image_std: expected \[1.0, 1.0, 1.0\], found 2.0"),
+        ({"codebook_rescale_factor": 1.0}, "codebook_rescale_factor: expected 0.0039.*, found 1.0"),
+        ({"codebook_do_normalize": "no"}, "codebook_do_normalize: expected true or false, found 'no'"),
+        ({"codebook_do_center_crop": 0}, "codebook_do_center_crop: expected true or false, found 0"),
+        ({"codebook_size": 112, "codebook_crop_size": 96}, "codebook_size: expected one square size"),
         ({"input_size_patches": 15}, "input_size_patches: expected a divisor of 224, found 15"),
         ({"do_pad": True}, "do_pad is not supported"),
     ],
@@ -146,6 +155,14 @@ def test_settings_of_other_pipelines_are_refused(tmp_path, change, message):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))
     with pytest.raises(UserError, match=message):
         Processor.load(tmp_path)
+
+
+def test_settings_that_change_nothing_are_read(tmp_path):
+    """Without cropping its size is not read, and without normalisation its mean."""
+    change = {"codebook_do_center_crop": False, "codebook_size": 96, "codebook_crop_size": 112}
+    change |= {"codebook_do_normalize": False, "codebook_image_mean": [0.5] * 3, "codebook_image_std": None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))
+    assert Processor.load(tmp_path).config.codebook_size == 96
 
 
 def test_both_pictures_come_from_one_crop(tokenizer):

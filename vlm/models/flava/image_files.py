@@ -17,7 +17,9 @@ _BLOCKS = {
     "max_aspect": "mask_group_max_aspect_ratio",
 }
 _CODEBOOK = {"codebook_resample": RESAMPLE.index("lanczos"), "codebook_do_map_pixels": True}
-_CODEBOOK |= {"codebook_do_resize": True, "codebook_do_rescale": True}
+_CODEBOOK |= {"codebook_do_resize": True, "codebook_do_rescale": True, "codebook_rescale_factor": 1 / 255}
+_NORMALISED = {"codebook_image_mean": [0.0] * 3, "codebook_image_std": [1.0] * 3}
+_SWITCHES = ("codebook_do_center_crop", "codebook_do_normalize")
 
 
 def read_image_settings(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -45,10 +47,15 @@ def read_image_settings(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _codebook_size(config: Mapping[str, Any], name: str) -> int:
     """Side of the codebook's picture; everything else about it is fixed."""
-    for key, expected in _CODEBOOK.items():
-        if config.get(key, expected) != expected:
-            raise UserError(f"{name}: {key}: expected {expected}, found {config[key]!r}")
-    sizes = [config.get(key) or 112 for key in ("codebook_size", "codebook_crop_size")]
+    given = {key: value for key, value in config.items() if value is not None}
+    crops, normalises = (given.get(key, True) for key in _SWITCHES)
+    for key, value in zip(_SWITCHES, (crops, normalises), strict=True):
+        if not isinstance(value, bool):
+            raise UserError(f"{name}: {key}: expected true or false, found {value!r:.80}")
+    for key, expected in (_CODEBOOK | (_NORMALISED if normalises else {})).items():
+        if (found := given.get(key, expected)) not in (expected, tuple(expected) if key in _NORMALISED else expected):
+            raise UserError(f"{name}: {key}: expected {expected}, found {found!r:.80}")
+    sizes = [given.get(key) or 112 for key in ("codebook_size", "codebook_crop_size")[: 1 + crops]]
     sides = {side for size in sizes for side in (size.values() if isinstance(size, Mapping) else [size])}
     if len(sides) > 1 or not all(isinstance(side, int) for side in sides):
         raise UserError(f"{name}: codebook_size: expected one square size, found {sizes}")
@@ -65,8 +72,7 @@ def write_image_settings(config: Any) -> dict[str, Any]:
     result |= {theirs: getattr(config.blocks, ours) for ours, theirs in _BLOCKS.items()}
     size = config.codebook_size or 112
     result |= {"codebook_size": {"height": size, "width": size}, "codebook_crop_size": {"height": size, "width": size}}
-    result |= {**_CODEBOOK, "codebook_do_center_crop": True, "codebook_do_normalize": True}
-    result |= {"codebook_image_mean": [0.0] * 3, "codebook_image_std": [1.0] * 3, "codebook_rescale_factor": 1 / 255}
+    result |= {**_CODEBOOK, **_NORMALISED, **dict.fromkeys(_SWITCHES, True)}
     if config.grid is not None:
         result["input_size_patches"] = config.grid[0]
     return result | {"total_mask_patches": config.mask_patches}
