@@ -137,7 +137,7 @@ def _contrastive() -> ConfigDict:
     config = _start("pairs", fusion=None, codebook=None)
     config.processor.update({"codebook_size": None, "mask_patches": 0, "mlm_probability": 0.0, "itm_probability": 0.0})
     config.loss.update(dict.fromkeys(("mim", "mlm", "itm", "mmm_image", "mmm_text"), 0.0))
-    config.optimizer.groups = _frozen("(vision|text)/pooler/.*|(mim|mlm)_head/.*")
+    config.optimizer.groups = _frozen("(vision|text)/pooler/.*|vision/mask_embedding|(mim|mlm)_head/.*")
     return config
 
 
@@ -202,8 +202,9 @@ def _start(*streams: str, **parts: None) -> ConfigDict:
         "projection_dim": 768,
     }
     config = ConfigDict({"family": "flava", "model": {**model, **parts}})
-    config.loss = {"objective": "pretrain", "max_masked_patches": 75, "max_masked_tokens": 128}
+    config.loss = {"objective": "pretrain", "max_masked_patches": 75, "max_masked_tokens": 128, "max_masked_words": 12}
     config.processor = {"tokenizer": "checkpoints/bert-base-uncased", "augment": {"scale": (0.9, 1.0)}}
+    config.processor.max_masked_tokens = 128  # of 510, of which 15 % are 77
     config.processor.normalise = False  # a quarter of the bytes; the step does it
     config.data = {"batch_size": 8192, "num_workers": 16, "sources": tuple(sources[streams[0]])}
     config.train = {"steps": PAIR_STEPS, "log_every": 50, "checkpoint_every": 2000, "eval_every": 8000}
@@ -254,13 +255,14 @@ def _finetune(task: str) -> ConfigDict:
     if task == "vqa":
         config.processor.update({"image": {"size": 480, "crop": None, "mode": "exact"}, "num_answers": outputs})
         config.processor.answers = "data/vqa/answers_3129.json"
+        config.loss.interpolate_positions = True
     config.data = {"batch_size": 256, "num_workers": 16}
     if task == "vqa":  # all there is to learn from; the answers to test questions are known to the server alone
         config.data.sources = (VQA,)
     else:
         _use(config, task)
     config.optimizer = _adamw(rate, {"name": "cosine", "warmup_steps": 2000}, weight_decay=1e-2)
-    config.optimizer.groups = _frozen("(vision|text|fusion)/pooler/.*")
+    config.optimizer.groups = _frozen("(vision|text|fusion)/pooler/.*|vision/mask_embedding")
     config.train = {"steps": steps, "log_every": 50, "checkpoint_every": 2000, "text_lengths": (32, 48)}
     return config
 
@@ -338,7 +340,7 @@ def _tiny(folder: str) -> ConfigDict:
         "codebook": {"hidden_size": 8, "vocab_size": 64},
     }
     config = ConfigDict({"family": "flava", "model": model})
-    config.loss = {"max_masked_patches": 14}
+    config.loss = {"max_masked_patches": 14, "max_masked_tokens": 8, "max_masked_words": 3}
     config.processor = {
         "tokenizer": f"{folder}/tokenizer",
         "image": {"size": side, "crop": None, "mode": "exact"},
@@ -349,6 +351,7 @@ def _tiny(folder: str) -> ConfigDict:
         "blocks": {"min_patches": 3},
         "max_length": 20,
         "text_length": 20,
+        "max_masked_tokens": 8,
     }
     names = {"image": "image", "text": "caption"}
     streams = {"pairs": names, "images": {"image": names["image"]}, "text": {"text": names["text"]}}

@@ -54,13 +54,15 @@ def test_all_settings_are_known(variant):
     assert float(learning_rate(settings.optimizer, settings.train.steps)(settings.train.steps // 2)) > 0
 
 
-@pytest.mark.parametrize("variant", ["tiny", "multimodal", "contrastive", "mim", "mlm", "10b", "glue_stsb", "probe"])
+@pytest.mark.parametrize(
+    "variant", ["tiny", "multimodal", "contrastive", "mim", "mlm", "10b", "vqa", "glue_stsb", "probe"]
+)
 def test_what_the_objective_does_not_reach_is_frozen(variant):
     """`experiment` refuses the configuration otherwise; all the rest is trained, but for the probe's encoder."""
     parts = experiment(settings_of(variant))
     frozen = {path for path, group in parts.optimizer.groups.items() if group.freeze}
     assert all("pooler" in path or path.startswith("codebook/") for path in frozen) or variant in (
-        "multimodal", "contrastive", "probe"
+        "multimodal", "contrastive", "vqa", "probe"
     )  # fmt: skip
     assert len(frozen) < len(parts.optimizer.groups)
 
@@ -105,6 +107,27 @@ def test_fine_tuning_follows_the_published_schedules():
 def test_another_number_of_classes_than_the_classifier_has_is_refused():
     config = parse_config_flag("configs/flava.py:glue_mnli", ["--config.model.classifier.num_labels=4"])
     with pytest.raises(UserError, match="processor.num_labels: expected the 4 of config.model.classifier, found 3"):
+        experiment(build(Config, config, ""))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "loss.max_masked_patches=70",
+            "at least 75, as many as config.processor.mask_patches allows to hide, found 70",
+        ),
+        ("processor.mask_patches=80", "at least 80, as many as config.processor.mask_patches allows to hide, found 75"),
+        (
+            "processor.max_length=100",
+            "at least 15, as many as config.processor.mlm_probability allows to hide, found 12",
+        ),
+        ("processor.max_masked_tokens=None", "at least 510, as many as .*max_masked_tokens allows to hide, found 128"),
+    ],
+)
+def test_all_that_is_hidden_must_be_predicted(change, message):
+    config = parse_config_flag("configs/flava.py:full", [f"--config.{change}"])
+    with pytest.raises(UserError, match=rf"config.loss.max_masked_\w+: expected {message}"):
         experiment(build(Config, config, ""))
 
 

@@ -38,6 +38,18 @@ def row(rng, length=40):
     return tokens, np.arange(length) < real
 
 
+def test_no_more_tokens_are_hidden_than_may_be():
+    """Of more, all are equally likely; of fewer, nothing changes."""
+    tokens, mask, counts = np.full(20, 7, np.int32), np.ones(20, bool), np.zeros(20, int)
+    for seed in range(2000):
+        free = mask_tokens(tokens, mask, np.random.default_rng(seed), **OPTIONS)[1] != IGNORE
+        bound = mask_tokens(tokens, mask, np.random.default_rng(seed), most=3, **OPTIONS)[1] != IGNORE
+        assert bound.sum() == min(3, free.sum()) and not (bound & ~free).any()
+        counts += bound
+    expected = counts.mean()
+    assert expected < 2000 * 0.15 * 0.9 and np.abs(counts - expected).max() < 4.5 * expected**0.5
+
+
 def test_whole_words_are_hidden_up_to_the_share():
     """Against the procedure written out, driven by the same order of words."""
     rng = np.random.default_rng(0)

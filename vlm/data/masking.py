@@ -20,17 +20,24 @@ def mask_tokens(
     mask_id: int,
     vocab_size: int,
     special_ids: Collection[int],
+    most: int | None = None,
 ) -> tuple[Int[np.ndarray, " l"], Int[np.ndarray, " l"]]:
     """BERT's masking (Devlin et al. 2019, section 3.1).
 
     Every real token that is not special is chosen with `probability`; of the chosen, 80 % become `mask_id`, 10 % a
     random token that is not special and 10 % stay.
 
+    Args:
+      most: of more chosen tokens than these, so many are drawn; None: no limit.
+
     Returns:
       the tokens to feed, and labels: the original token where one was chosen, `IGNORE` elsewhere.
     """
     eligible = mask & ~np.isin(tokens, list(special_ids))
-    chosen = eligible & (rng.random(tokens.shape) < probability)
+    draws = rng.random(tokens.shape)
+    chosen = eligible & (draws < probability)
+    if most is not None and chosen.sum() > most:
+        chosen &= draws <= np.sort(draws[chosen])[most - 1]
     return _hide(tokens, chosen, rng, mask_id, vocab_size, special_ids)
 
 

@@ -212,6 +212,12 @@ def test_captions_lose_whole_words_and_texts_alone_lose_pieces(tokenizer):
     assert abs(np.mean(alone) - 0.3) < 4 * (0.21 / 600) ** 0.5
 
 
+def test_a_text_alone_hides_no_more_than_its_bound(tokenizer):
+    processor = make(tokenizer, mlm_probability=0.9, max_masked_tokens=2)
+    hidden = [processor.example({"text": TEXT}, rng(seed), True)["token_labels"] >= 0 for seed in range(5)]
+    assert [row.sum() for row in hidden] == [2] * 5
+
+
 def test_one_caption_in_ten_is_anothers(tokenizer):
     texts = ["cat", "man", ["cat", "two dogs"], "cat", "horse"]
     source = WithOthers(Captions(texts))

@@ -29,7 +29,7 @@ from vlm.tokenizers.tokenizer_json import LibraryTokenizer
 
 _SETTINGS_FILE = "vlm_processor.json"
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-_STORED = ("task", "num_labels", "max_length", "text_length", "mlm_probability", "itm_probability")
+_STORED = ("task", "num_labels", "max_length", "text_length", "mlm_probability", "max_masked_tokens", "itm_probability")
 
 
 class Processor:
@@ -251,7 +251,7 @@ class Processor:
         if whole_words:
             fed, labels = mask_words(tokens, mask, rng, continues=self._continues, **options)
         else:
-            fed, labels = mask_tokens(tokens, mask, rng, **options)
+            fed, labels = mask_tokens(tokens, mask, rng, most=self.config.max_masked_tokens, **options)
         return {"masked_tokens": fed, "token_labels": labels}
 
     def save(self, directory: str | Path) -> None:

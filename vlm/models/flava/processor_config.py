@@ -28,7 +28,8 @@ class ProcessorConfig:
         patch_size: pixels along the side of a patch. mask_patches, blocks: how many are hidden in pretraining, how.
         codebook_size: pixels along the side of the codebook's picture, 8 for each patch; None: it is not made, as
             where labels are computed beforehand (`config.data.codebook_cache`).
-        mlm_probability: share of tokens hidden in pretraining; of pairs whole words.
+        mlm_probability: share of tokens hidden in pretraining; of pairs whole words, never more than this.
+        max_masked_tokens: no more are hidden of a text alone; None: no limit.
         itm_probability: share of pairs that get the caption of another example in pretraining; 0: none, no labels.
         num_labels: classes that "classification" knows; every label must be one of them. None: not checked.
         answers: JSON file with the list of answers that "soft_labels" scores; num_answers: how many there must be.
@@ -46,6 +47,7 @@ class ProcessorConfig:
     blocks: BlockSettings = dataclasses.field(default_factory=BlockSettings)
     codebook_size: int | None = 112
     mlm_probability: float = 0.15
+    max_masked_tokens: int | None = None
     itm_probability: float = 0.1
     num_labels: int | None = None
     answers: str | None = None
@@ -56,8 +58,9 @@ class ProcessorConfig:
         for name, least in (("max_length", 3), ("text_length", 3), ("patch_size", 1), ("mask_patches", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}: expected at least {least}, found {getattr(self, name)}")
-        if self.num_labels is not None and self.num_labels < 1:
-            raise UserError(f"num_labels: expected at least 1, found {self.num_labels}")
+        for name in ("num_labels", "max_masked_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}: expected at least 1, found {value}")
         for name in ("mlm_probability", "itm_probability"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}: expected a share in [0, 1), found {getattr(self, name)}")
@@ -81,10 +84,26 @@ class ProcessorConfig:
             model: the family's architecture; loss: its loss settings.
 
         Raises:
-            UserError: another number of classes than the classifier has.
+            UserError: another number of classes than the classifier has, or more hidden patches or tokens in a row than
+                the objective predicts.
         """
-        del loss
+        for name, (setting, most) in self._hidden().items():
+            if (bound := getattr(loss, name, None)) is not None and bound < most:
+                expected = f"expected at least {most}, as many as {setting} allows to hide"
+                raise UserError(f"config.loss.{name}: {expected}, found {bound}")
         classes = model.classifier and model.classifier.num_labels
         if self.task == "classification" and None not in (classes, self.num_labels) and classes != self.num_labels:
             expected = f"expected the {classes} of config.model.classifier"
             raise UserError(f"config.processor.num_labels: {expected}, found {self.num_labels}")
+
+    def _hidden(self) -> dict[str, tuple[str, int]]:
+        """By the setting of the objective that has to be as large: what decides on it, and the most hidden in a row."""
+        section, hidden = "config.processor", {}
+        if self.task == "pretrain" and self.mask_patches:
+            hidden["max_masked_patches"] = (f"{section}.mask_patches", self.mask_patches)
+        if self.task == "pretrain" and self.mlm_probability:
+            tokens = min(self.max_masked_tokens or self.text_length, self.text_length - 2)
+            hidden["max_masked_tokens"] = (f"{section}.max_masked_tokens", tokens)
+            words = max(1, round(self.max_length * self.mlm_probability))
+            hidden["max_masked_words"] = (f"{section}.mlm_probability", words)
+        return hidden
