@@ -38,7 +38,7 @@ def _digits(folder: str) -> ConfigDict:
         "codebook": None,
     }
     config = ConfigDict({"family": "flava", "model": model})
-    config.loss = {"max_masked_patches": 14, "max_masked_tokens": None}
+    config.loss = {"max_masked_patches": 14, "max_masked_tokens": 8, "max_masked_words": 2}
     config.processor = {
         "tokenizer": f"{folder}/scenes/tokenizer",
         "image": {"size": side, "crop": None, "mode": "exact"},
@@ -48,6 +48,7 @@ def _digits(folder: str) -> ConfigDict:
         "blocks": {"min_patches": 3},
         "max_length": MAX_LENGTH,
         "text_length": TEXT_LENGTH,
+        "max_masked_tokens": 8,
         "itm_probability": 0.3,
     }
     config.data = {
