@@ -59,7 +59,7 @@ def _digits(folder: str) -> ConfigDict:
     }
     config.optimizer = {
         "name": "adamw",
-        "lr": 2e-3,
+        "lr": 1e-3,
         "schedule": {"name": "cosine", "warmup_steps": 100},
         "betas": (0.9, 0.98),
         "weight_decay": 0.05,

@@ -1,6 +1,6 @@
 """What FLAVA's demonstration reads beside the scenes of two digits, in one folder.
 
-    images/train_00000.png …                 24 × 24 pixels: one scan somewhere on white paper
+    images/train_00000.png …                 24 × 24 pixels: one scan, small or large, on white paper
     digits_train.json, digits_test.json      [{"image", "label"}]
     texts_train.json, texts_test.json        [{"text"}]: captions, and questions with their answers
     matches_test.json                        [{"image", "text", "label"}]: captions of test scenes, half wrong
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vlm.demo import scenes, visual_words
 from vlm.demo.prepare import load_scans, png, split
 
 DIGITS = {"train": 4000, "test": 720}
 PATCH = 4
+SCALES = (1, 2, 3)
 
 
 def sources(folder: str, split: str) -> dict[str, dict[str, Any]]:
@@ -83,10 +85,11 @@ def _write_digits(folder: Path, name: str, scans: np.ndarray, labels: np.ndarray
 
 
 def _paper(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scan uint8[8, 8] on white paper uint8[24, 24], on the grid of `scenes.scene`."""
-    paper = np.full((scenes.SIZE, scenes.SIZE), 255, np.uint8)
-    row, column = scenes.STEP * rng.integers(0, (scenes.SIZE - scenes.SCAN) // scenes.STEP + 1, 2)
-    paper[row : row + scenes.SCAN, column : column + scenes.SCAN] = scan
+    """A scan uint8[8, 8], its size once, twice or thrice, on white paper uint8[24, 24], on `scenes.scene`'s grid."""
+    paper, side = np.full((scenes.SIZE, scenes.SIZE), 255, np.uint8), scenes.SCAN * int(rng.choice(SCALES))
+    drawn = np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC))
+    row, column = scenes.STEP * rng.integers(0, (scenes.SIZE - side) // scenes.STEP + 1, 2)
+    paper[row : row + side, column : column + side] = drawn
     return paper
 
 

@@ -67,6 +67,18 @@ class HeldOut:
                     values.setdefault(name, []).append(float(value))
         return {name: float(np.mean(each)) for name, each in values.items()}
 
+    def frequencies(self) -> dict[str, float]:
+        """What each loss would be of a model that knows how frequent every label is, and nothing of the example."""
+        found = {}
+        for stream, patches, words in (("pairs", "mmm_image", "mmm_text"), ("images", "mim", ""), ("text", "", "mlm")):
+            batches = self.batches[stream]
+            if patches:
+                found[patches] = _entropy([batch["patch_labels"][batch["patch_mask"]] for batch in batches])
+            if words:
+                labels = [batch["token_labels"] for batch in batches]
+                found[words] = _entropy([each[each >= 0] for each in labels])
+        return found | {"itm": _entropy([batch["itm_labels"] for batch in self.batches["pairs"]])}
+
     def predictions(self, params: Any, stream: str) -> dict[str, np.ndarray]:
         """The likeliest visual word of every patch int[B, P], and for pairs the likeliest token int[B, L].
 
@@ -81,6 +93,11 @@ class HeldOut:
             return {"patches": np.asarray(output.mim_logits[:, 1:].argmax(-1))}
         found = {"patches": output.mmm_image_logits, "tokens": output.mmm_text_logits}
         return {name: np.asarray(logits.argmax(-1)) for name, logits in found.items()}
+
+
+def _entropy(labels: list[np.ndarray]) -> float:
+    shares = np.unique(np.concatenate(labels), return_counts=True)[1] / sum(map(len, labels))
+    return float(-(shares * np.log(shares)).sum())
 
 
 def _batches(settings: Config, processor: Any, specs: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:

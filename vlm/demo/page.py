@@ -27,9 +27,9 @@ def page(rows: Sequence[Sequence[str]], pictures: str) -> str:
     Args:
       rows: of the table, as text. pictures: what `pictures` has made.
     """
-    head = ["on held-out data", "ln of the choices", "random weights", "trained", "fall"]
+    head = ["on held-out data", "ln of the choices", "by frequency alone", "random weights", "trained", "fall"]
     cells = ([html.text(cell) for cell in row] for row in rows)
-    parts = [f"<h1>{html.text(TITLE)}</h1>", html.table(head, cells, range(1, 5)), pictures]
+    parts = [f"<h1>{html.text(TITLE)}</h1>", html.table(head, cells, range(1, 6)), pictures]
     return html.page(TITLE, "\n".join(parts))
 
 
