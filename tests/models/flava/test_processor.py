@@ -157,6 +157,22 @@ def test_settings_of_other_pipelines_are_refused(tmp_path, change, message):
         Processor.load(tmp_path)
 
 
+def test_another_size_has_other_patches_and_visual_words(tmp_path, tokenizer):
+    processor = make(tokenizer)
+    processor.image_settings = processor.image_settings.for_side(96)
+    batch = processor(images=[picture()], rng=rng())
+    shapes = {name: value.shape[1:] for name, value in batch.items()}
+    assert shapes == {"image": (96, 96, 3), "codebook_image": (48, 48, 3), "patch_mask": (36,)}
+    row = processor.example({"image": png()}, rng(), True)
+    assert {name: (value.shape, str(value.dtype)) for name, value in row.items()} == Processor.rows(
+        processor.config, ["image"]
+    )
+    assert processor.codebook_image(png()).shape == (48, 48, 3)
+    processor.save(tmp_path)
+    again = Processor.load(tmp_path).config
+    assert (again.grid, again.codebook_size) == ((6, 6), 48)
+
+
 def test_settings_that_change_nothing_are_read(tmp_path):
     """Without cropping its size is not read, and without normalisation its mean."""
     change = {"codebook_do_center_crop": False, "codebook_size": 96, "codebook_crop_size": 112}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +48,6 @@ class Processor:
         self, tokenizer: Tokenizer | None, config: ProcessorConfig | None = None, answers: Sequence[str] | None = None
     ):
         self.tokenizer, self.config = tokenizer, config or ProcessorConfig()
-        self.image_settings = self.config.image
         self.max_length = self.config.max_length
         self.answers = tuple(answers) if answers is not None else None
         self.reads_others = self.config.task == "pretrain" and self.config.itm_probability > 0
@@ -59,6 +57,15 @@ class Processor:
             ids = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.mask_id)
             self._special = {id_ for id_ in ids if id_ is not None}
         self._continues = tokenizer.continuations() if isinstance(tokenizer, LibraryTokenizer) else None
+
+    @property
+    def image_settings(self) -> ImageSettings:
+        """How pictures become arrays. With another size, patches and visual words are as many as fit in it."""
+        return self.config.image
+
+    @image_settings.setter
+    def image_settings(self, settings: ImageSettings) -> None:
+        self.config = self.config.with_image(settings)
 
     @classmethod
     def from_config(cls, config: ProcessorConfig) -> Processor:
@@ -262,8 +269,7 @@ class Processor:
             self.tokenizer.save(directory)
         settings: dict[str, Any] = {"format_version": 1, **{name: getattr(self.config, name) for name in _STORED}}
         settings |= {"max_length": self.max_length, "answers": self.answers}
-        config = dataclasses.replace(self.config, image=self.image_settings)
-        for file, content in ((_SETTINGS_FILE, settings), (_IMAGE_FILES[0], write_image_settings(config))):
+        for file, content in ((_SETTINGS_FILE, settings), (_IMAGE_FILES[0], write_image_settings(self.config))):
             write_atomically(directory / file, json.dumps(content, indent=1).encode())
 
     @classmethod

@@ -77,6 +77,13 @@ class ProcessorConfig:
         size = self.image.output_size
         return size and (size[0] // self.patch_size, size[1] // self.patch_size)
 
+    def with_image(self, image: ImageSettings) -> ProcessorConfig:
+        """These settings for pictures of another size: patches stay as large, and so does the codebook's of each."""
+        changed = dataclasses.replace(self, image=image)
+        if self.codebook_size is None or self.grid is None or changed.grid is None:
+            return changed
+        return dataclasses.replace(changed, codebook_size=self.codebook_size // self.grid[0] * changed.grid[0])
+
     def check(self, model: Any, loss: Any) -> None:
         """Whether the examples fit the architecture and the objective of a run.
 
