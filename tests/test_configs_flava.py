@@ -93,6 +93,7 @@ def test_pretraining_draws_pairs_150_000_times():
     rate = learning_rate(settings.optimizer, settings.train.steps)
     found = [rate(step) for step in (0, 5000, 10_000, settings.train.steps)]
     np.testing.assert_allclose(found, [0, 5e-4, 1e-3, 0], atol=1e-9)
+    assert settings.train.keep_every == settings.train.eval_every == 8000  # the best of these is the paper's model
     rule = settings.optimizer
     assert (rule.weight_decay, rule.betas, rule.grad_clip_norm) == (0.1, (0.9, 0.999), None)
 
