@@ -317,6 +317,17 @@ def test_labels_of_fine_tuning(tokenizer, tmp_path):
             make(tokenizer, task=task).example({"key": "k", "text": "a", "label": label}, rng(), True)
 
 
+def test_sentences_of_a_pair_may_look_alike(tokenizer, tmp_path):
+    alike, example = make(tokenizer, token_types=False, task="classification"), {"text": "a", "text_pair": "man"}
+    row = alike.example({**example, "label": 1}, rng(), True)
+    assert row.keys() == Processor.rows(alike.config, example).keys() == {"tokens", "mask", "labels"}
+    both = make(tokenizer)(None, ["a"], ["man"])
+    assert "token_types" in both and (both["tokens"] == alike(None, ["a"], ["man"])["tokens"]).all()
+    assert "token_types" not in alike(None, ["a"], ["man"])
+    alike.save(tmp_path)
+    assert not Processor.load(tmp_path).config.token_types
+
+
 def test_labels_are_compared_with_the_number_of_classes(tokenizer):
     processor = make(tokenizer, task="classification", num_labels=2)
     for label in (0, 1, -1, True):

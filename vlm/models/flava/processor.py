@@ -28,7 +28,16 @@ from vlm.tokenizers.tokenizer_json import LibraryTokenizer
 
 _SETTINGS_FILE = "vlm_processor.json"
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-_STORED = ("task", "num_labels", "max_length", "text_length", "mlm_probability", "max_masked_tokens", "itm_probability")
+_STORED = (
+    "task",
+    "num_labels",
+    "max_length",
+    "text_length",
+    "token_types",
+    "mlm_probability",
+    "max_masked_tokens",
+    "itm_probability",
+)
 
 
 class Processor:
@@ -89,7 +98,7 @@ class Processor:
         if "text" in fields:
             length = (config.max_length if "image" in fields else config.text_length,)
             rows |= {"tokens": (length, "int32"), "mask": (length, "bool")}
-            rows |= {"token_types": (length, "int32")} if "text_pair" in fields else {}
+            rows |= {"token_types": (length, "int32")} if "text_pair" in fields and config.token_types else {}
             if pretrain and config.mlm_probability:
                 rows |= {"masked_tokens": (length, "int32"), "token_labels": (length, "int32")}
             if pretrain and config.itm_probability and "image" in fields:
@@ -134,7 +143,7 @@ class Processor:
             batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
             batch = batch or {"image": np.zeros((0, *size, 3), np.float32)}
         if texts is not None:
-            batch |= self._tokenizer()(texts, max_length=self.max_length, padding=padding, pairs=pairs)
+            batch |= self._tokens(texts, pairs, self.max_length, padding)
             if rng is not None and self.config.mlm_probability:
                 words = zip(batch["tokens"], batch["mask"], strict=True)
                 hidden = [self._hidden(*row, rng, whole_words=images is not None) for row in words]
@@ -209,8 +218,11 @@ class Processor:
     def _sentence(self, text: str, pair: Any, alone: bool, name: str) -> dict[str, np.ndarray]:
         length = self.config.text_length if alone else self.max_length
         second = None if pair is None else [one_text(pair, None, name)]
-        batch = self._tokenizer()([text], max_length=length, padding="max_length", pairs=second)
-        return {key: value[0] for key, value in batch.items()}
+        return {key: value[0] for key, value in self._tokens([text], second, length, "max_length").items()}
+
+    def _tokens(self, texts: Sequence[str], pairs: Any, length: int, padding: Any) -> dict[str, np.ndarray]:
+        batch = self._tokenizer()(texts, max_length=length, padding=padding, pairs=pairs)
+        return {key: value for key, value in batch.items() if key != "token_types" or self.config.token_types}
 
     def _targets(self, example: Mapping[str, Any], name: str, train: bool) -> dict[str, np.ndarray]:
         task, label, answer = self.config.task, example.get("label"), example.get("answer")

@@ -25,6 +25,7 @@ class ProcessorConfig:
         augment: random variation of pictures in training; None: pictures as in evaluation. Pretraining crops them, with
             scale (0.9, 1.0), and does nothing else: both pictures below come from one crop.
         max_length: length of token rows, and `text_length` of those of training examples without a picture.
+        token_types: tell the second sentence of a pair from the first; False: both are 0, as in torchmultimodal.
         patch_size: pixels along the side of a patch. mask_patches, blocks: how many are hidden in pretraining, how.
         codebook_size: pixels along the side of the codebook's picture, 8 for each patch; None: it is not made, as
             where labels are computed beforehand (`config.data.codebook_cache`).
@@ -42,6 +43,7 @@ class ProcessorConfig:
     augment: AugmentSettings | None = None
     max_length: int = 77
     text_length: int = 512
+    token_types: bool = True
     patch_size: int = 16
     mask_patches: int = 75
     blocks: BlockSettings = dataclasses.field(default_factory=BlockSettings)
