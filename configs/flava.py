@@ -23,6 +23,10 @@ Pretraining takes a whole batch of 8192 from one kind of data at every step: pai
 ImageNet 75.54. In the first steps expect ln 8192 = 9.0 for mim and mmm_image, ln 30522 = 10.3 for mlm and mmm_text,
 ln 2 = 0.69 for itm (0.33 once it says that all captions are right), and ln 8192 = 9.0 for contrastive.
 
+Texts are read as they are, one record one row of 512: a Parquet column `text` whose records hold about 510 word pieces
+of consecutive sentences, not beyond the end of a document (RoBERTa's "full sentences", its second form). What is longer
+is cut off, what is shorter is padded; nothing is packed here. CCNews and BookCorpus are drawn by their gigabytes.
+
 `900m`, `1.8b`, `2.7b`, `4.8b`, `10b`: torchmultimodal's larger sizes with its recipe; nothing is published about what
 they reach.
 
@@ -47,6 +51,8 @@ from vlm.demo import scenes
 
 WIDTH = {"hidden_size": 768, "num_heads": 12, "mlp_dim": 3072}
 PAIRS = ("coco", "sbu", "localized_narratives", "cc3m", "visual_genome", "wit", "cc12m", "redcaps", "yfcc100m")
+TEXTS = {"ccnews": 76.0, "bookcorpus": 5.0}
+"""Weights: gigabytes (Liu et al. 2019, section 3.2; BookCorpus is a third of its 16 with Wikipedia)."""
 PAIR_STEPS = 150_000
 CODEBOOK = {"path": "checkpoints/flava-image-codebook", "include": "codebook/.*"}
 FULL = "checkpoints/flava-full"
@@ -107,7 +113,7 @@ def _full() -> ConfigDict:
     """Paper, section 4.1 and supplement: AdamW, 10,000 steps of warm-up to 1e-3, cosine; encoders trained before.
 
     The image encoder is DINO's ViT-B/16, the text encoder comes from `mlm`, the fusion encoder starts at random. The
-    paper's model is the checkpoint that is best at zero-shot ImageNet, of one every 8,000 updates: all of them are kept.
+    paper's model is the checkpoint that is best at zero-shot ImageNet, of one every 8,000 updates; all are kept.
     """
     config = _start("pairs", "images", "text")
     config.init = (
@@ -196,8 +202,8 @@ def _start(*streams: str, **parts: None) -> ConfigDict:
         ],
         "images": [{"kind": "tfds", "path": "data/imagenet2012/5.1.0", "split": "train", "fields": {"image": "image"}}],
         "text": [
-            {"kind": "parquet", "path": f"data/{name}/*.parquet", "fields": {"text": "text"}}
-            for name in ("ccnews", "bookcorpus")
+            {"kind": "parquet", "path": f"data/{name}/*.parquet", "fields": {"text": "text"}, "weight": weight}
+            for name, weight in TEXTS.items()
         ],
     }
     model = {

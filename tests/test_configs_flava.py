@@ -90,6 +90,8 @@ def test_pretraining_draws_pairs_150_000_times():
     assert round(settings.train.steps * shares["pairs"]) == 150_000 and settings.data.batch_size == 8192
     kinds = {source["stream"]: set(source["fields"]) for source in settings.data.sources}
     assert kinds == {"pairs": {"image", "text"}, "images": {"image"}, "text": {"text"}}
+    weights = {source["path"]: source["weight"] for source in settings.data.sources if source["stream"] == "text"}
+    assert weights == {"data/ccnews/*.parquet": 76.0, "data/bookcorpus/*.parquet": 5.0}
     rate = learning_rate(settings.optimizer, settings.train.steps)
     found = [rate(step) for step in (0, 5000, 10_000, settings.train.steps)]
     np.testing.assert_allclose(found, [0, 5e-4, 1e-3, 0], atol=1e-9)
