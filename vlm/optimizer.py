@@ -42,10 +42,12 @@ class Optimizer:
     ema_decay: float | None
     bounds: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
-    def bounded(self, params: Params, good: jax.Array) -> Params:
-        """`params` with the bounded ones kept in their range, where `good`."""
+    def bounded(self, params: Params, good: jax.Array | bool = True) -> Params:
+        """`params` (boxed or not) with the bounded ones kept in their range, where `good`."""
         flat = flatten(params)
-        kept = {path: jnp.where(good, jnp.clip(flat[path], *ends), flat[path]) for path, ends in self.bounds.items()}
+        kept = {}
+        for path, ends in self.bounds.items():
+            kept[path] = jax.tree.map(lambda x, ends=ends: jnp.where(good, jnp.clip(x, *ends), x), flat[path])
         return unflatten(flat | kept)
 
     def split(self, params: Params) -> tuple[Params, Params]:

@@ -79,11 +79,12 @@ class StateInit:
             return self.init_extra(params, jax.random.fold_in(jax.random.key(seed), 1))
 
     def finish(self, params: Params, extra: Any) -> TrainState:
-        """The state at step 0 around given parameters."""
-        trainable, _ = self.optimizer.split(params)
+        """The state at step 0 around given parameters, which are brought into their bounds."""
+        trainable, frozen = self.optimizer.split(params)
+        trainable = self.optimizer.bounded(trainable)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=params,
+            params=merge(trainable, frozen),
             opt_state=self.optimizer.rule.init(trainable),
             ema=jax.tree.map(jnp.copy, trainable) if self.optimizer.ema_decay is not None else {},
             extra=extra,

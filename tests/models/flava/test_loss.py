@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +23,9 @@ from vlm.models.flava.config import ClassifierConfig
 from vlm.models.flava.loss import LossConfig, init_extra, loss
 from vlm.models.flava.model import FLAVA
 from vlm.models.flava.pretrain import masked_positions
-from vlm.schema import MeshConfig, ShardingConfig
+from vlm.optimizer import make_optimizer
+from vlm.schema import MeshConfig, OptimizerConfig, ShardingConfig
+from vlm.training import StateInit, make_train_step
 from vlm.tree import flatten
 
 from .conftest import our_tree
@@ -67,8 +68,8 @@ def _inputs(kind, itm=None, rows=slice(None)):
     return batch if itm is None else batch | {"itm_labels": np.array(ITM[itm], np.int32)[rows]}
 
 
-def _theirs(reference, batch, **weights):
-    """Hugging Face's losses and gradients in training mode."""
+def _theirs(reference, batch, training=True, **weights):
+    """Hugging Face's losses and gradients, in training mode or in evaluation."""
     names = {"image": "pixel_values", "tokens": "input_ids", "mask": "attention_mask", "patch_mask": "bool_masked_pos"}
     names |= {"token_types": "token_type_ids", "masked_tokens": "input_ids_masked", "token_labels": "mlm_labels"}
     names |= {"codebook_image": "codebook_pixel_values", "patch_labels": "mim_labels", "itm_labels": "itm_labels"}
@@ -79,7 +80,7 @@ def _theirs(reference, batch, **weights):
         inputs[names[key]] = torch.tensor(value, dtype=torch.long if integer else None)
     for name in TERMS.values():
         setattr(reference, f"{name}_weight", weights.get(name, 1.0))
-    reference.train()
+    reference.train(training)
     reference.zero_grad(set_to_none=True)
     output = reference(**inputs, return_loss=True)
     output.loss.backward()
@@ -134,6 +135,9 @@ def test_losses_and_gradients_equal_hugging_face(pair, kind, itm):
     batch = _inputs(kind, itm)
     expected = _theirs(pair[0], batch)
     assert len(expected[1]) == {"images": 1, "texts": 1, "pairs": 3 + (itm is not None)}[kind]
+    if kind == "pairs" and itm is None:
+        _equal(_ours(pair, batch, itm=0.0), expected)
+        return
     _equal(_ours(pair, batch), expected)
 
 
@@ -143,7 +147,7 @@ def test_weights_and_positions_gathered_or_not(pair):
     batch = _inputs("pairs", "mixed")
     expected = _theirs(pair[0], batch, **{TERMS[name]: weight for name, weight in weights.items()})
     most = int((BATCH["token_labels"] >= 0).sum(1).max()), int(BATCH["patch_mask"].sum(1).max())
-    value, terms, gradients = _ours(pair, batch, **weights, max_masked_tokens=most[0], max_masked_patches=most[1])
+    value, terms, gradients = _ours(pair, batch, **weights, max_masked_words=most[0], max_masked_patches=most[1])
     np.testing.assert_allclose(value, expected[0], rtol=2e-5)
     assert terms["mmm_text_dropped"] == terms["mmm_image_dropped"] == 0
     for path, gradient in expected[2].items():
@@ -208,7 +212,7 @@ def test_nothing_hidden_costs_nothing(pair):
     batch = _inputs("texts") | {"token_labels": np.full((ROWS, LENGTH), -100, np.int32)}
     value, _, gradients = _ours(pair, batch)
     assert value == 0 and all(not np.any(gradient) for gradient in gradients.values())
-    batch = _inputs("pairs") | {"patch_mask": np.zeros((ROWS, PATCHES), bool)}
+    batch = _inputs("pairs", "mixed") | {"patch_mask": np.zeros((ROWS, PATCHES), bool)}
     value, terms, _ = _ours(pair, batch)
     assert terms["mmm_image"] == 0 and np.isfinite(value)
 
@@ -307,6 +311,14 @@ def test_fine_tuning(pair, objective, labels):
         (("patch_labels",), {}, "needs codebook_image or patch_labels"),
         (("masked_tokens",), {}, r"needs masked_tokens \(config.processor.mlm_probability\)"),
         (IMAGE_KEYS + TEXT_KEYS, {}, "needs image or tokens"),
+        (("itm_labels",), {}, r"needs itm_labels \(config.processor.itm_probability; without them config.loss.itm=0\)"),
+        (
+            (),
+            {"mmm_image": 0.0, "mmm_text": 0.0, "itm": 0.0, "contrastive": 0.0},
+            "batches of pairs train nothing: config.loss has 0 for mmm_image and mmm_text and itm and contrastive",
+        ),
+        (TEXT_KEYS, {"mim": 0.0}, "batches of images train nothing: config.loss has 0 for mim"),
+        (IMAGE_KEYS, {"mlm": 0.0}, "batches of texts train nothing: config.loss has 0 for mlm"),
         ((), {"group_size": 3}, "group_size: expected a divisor of the batch of 8, found 3"),
     ],
 )
@@ -318,17 +330,28 @@ def test_incomplete_batches_are_refused(pair, change, settings, message):
 
 def test_models_without_the_objective_s_parts_are_refused(pair):
     model = FLAVA(dataclasses.replace(pair[1].config, heads=False))
-    with pytest.raises(UserError, match="needs config.model.heads=True"):
+    with pytest.raises(UserError, match="config.loss.mim needs config.model.heads=True"):
         init_extra(model, {}, None, LossConfig())
+    alone = dict.fromkeys(("mim", "mlm", "mmm_image", "mmm_text", "itm"), 0.0)
+    assert init_extra(model, {}, None, LossConfig(**alone)) == {}
+    with pytest.raises(UserError, match="config.loss.contrastive needs config.model.projection_dim"):
+        init_extra(FLAVA(dataclasses.replace(pair[1].config, projection_dim=None)), {}, None, LossConfig())
+    images = FLAVA(dataclasses.replace(pair[1].config, classifier=ClassifierConfig(2, "image")))
+    with pytest.raises(UserError, match="does not reach the text and fusion: config.model.text=None and config.model"):
+        init_extra(images, {}, None, LossConfig(objective="classification"))
     with pytest.raises(UserError, match="needs config.model.classifier"):
         init_extra(pair[1], {}, None, LossConfig(objective="classification"))
 
 
-@pytest.mark.parametrize("settings", [{}, {"mmm_image": 0.0, "mmm_text": 0.0, "itm": 0.0}])
+CONTRASTIVE = {"mmm_image": 0.0, "mmm_text": 0.0, "itm": 0.0}
+
+
+@pytest.mark.parametrize("settings", [{}, CONTRASTIVE, {**CONTRASTIVE, "mim": 0.0, "mlm": 0.0}])
 def test_locked_is_exactly_what_gets_no_gradient(pair, settings):
-    """Over batches of all three kinds."""
+    """Over batches of all kinds that train something."""
     total = {}
-    for kind, itm in (("images", None), ("texts", None), ("pairs", "mixed")):
+    kinds = {"images": None, "texts": None, "pairs": "mixed"}
+    for kind, itm in kinds.items() if "mim" not in settings else (("pairs", "mixed"),):
         for path, gradient in _ours(pair, _inputs(kind, itm), **settings)[2].items():
             total[path] = total.get(path, 0) + np.abs(gradient).max()
     locked = LossConfig(**settings).locked
@@ -362,11 +385,40 @@ def test_two_processes_equal_one(pair, tmp_path):
             np.testing.assert_allclose(found[kind][name], term, rtol=1e-5, err_msg=f"{kind} {name}")
 
 
-def test_first_gradients_are_moderate(pair):
-    """The norms' epsilon of 1e-12 would blow up those of tokens that start at zero."""
-    _, model, _ = pair
-    inputs = {"image": jnp.zeros((1, 32, 32, 3)), "tokens": jnp.zeros((1, 2), jnp.int32)}
-    params = jax.jit(lambda key: nn.unbox(model.init(key, **inputs)["params"]))(jax.random.key(0))
-    for kind, itm in (("pairs", "mixed"), ("images", None), ("texts", None)):
-        gradients = _ours((None, model, params), _inputs(kind, itm))[2]
-        assert np.sqrt(sum(np.square(g).sum() for g in gradients.values())) < 1000, kind
+def test_the_temperature_is_bounded_before_it_is_used(pair):
+    """Hugging Face clamps it in training mode only, before the first loss; `train.py` bounds a starting value."""
+    reference, model, params = pair
+    batch = _inputs("pairs", "mixed")
+    values = {}
+    for mode, found in (("eval", 5.0), ("train", 4.6052)):  # their ln 100
+        with torch.no_grad():
+            before = reference.flava.logit_scale.clone()
+            reference.flava.logit_scale.fill_(5.0)
+        values[mode] = _theirs(reference, batch, training=mode == "train")
+        with torch.no_grad():
+            reference.flava.logit_scale.copy_(before)
+        ours = _ours((None, model, {**params, "logit_scale": np.float32(found)}), batch)
+        np.testing.assert_allclose(ours[0], values[mode][0], rtol=2e-5)
+        np.testing.assert_allclose(ours[2]["logit_scale"], values[mode][2]["logit_scale"], rtol=1e-4)
+    assert values["train"][1]["contrastive"] < values["eval"][1]["contrastive"] - 1
+    optimizer = make_optimizer(OptimizerConfig(), ["logit_scale"], 10)
+    state = StateInit(lambda key: {}, lambda params, key: {}, optimizer).finish({"logit_scale": jnp.float32(5.0)}, {})
+    np.testing.assert_allclose(state.params["logit_scale"], np.log(100), rtol=1e-6)
+
+
+def test_lengths_of_text_with_bounded_heads(pair):
+    """Rows shorter than a head's bound, or longer: one program, the same losses."""
+    _, model, params = pair
+    config = LossConfig(max_masked_words=4, max_masked_patches=PATCHES)
+    optimizer = make_optimizer(OptimizerConfig(), list(flatten(params)), 10)
+    start = StateInit(lambda key: {}, lambda params, key: {}, optimizer).finish(jax.tree.map(jnp.asarray, params), {})
+    objective = functools.partial(loss, model, config=config)
+    step = jax.jit(make_train_step(objective, optimizer, 0, text_lengths=(4,)))
+    batch = _inputs("pairs", "mixed")
+    for most, chosen in ((4, 4), (LENGTH, LENGTH)):
+        kept = np.arange(LENGTH)[None] < most
+        texts = {name: batch[name] * kept for name in ("tokens", "mask", "token_types", "masked_tokens")}
+        texts["token_labels"] = np.where(kept, batch["token_labels"], -100)
+        _, metrics = step(start, batch | texts)
+        assert metrics["text_length"] == chosen and metrics["mmm_text_dropped"] == 0
+        np.testing.assert_allclose(metrics["loss"], _ours(pair, batch | texts)[0], rtol=2e-5)

@@ -234,7 +234,10 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
 
 
 def test_initial_values():
-    """N(0, 0.02), but for the padding row, the mask token and biases at 0 and the codebook's kernels."""
+    """N(0, 0.02), but for the padding row, the mask token and biases at 0 and the codebook's kernels.
+
+    A class token at zero would have gradients a million times too large: the norms' epsilon is 1e-12.
+    """
     from vlm.encoders.dvae import DVAEConfig, DVAEEncoder
 
     small = dataclasses.replace(VIT, hidden_size=48, num_layers=2, num_heads=4, mlp_dim=96, image_size=32)

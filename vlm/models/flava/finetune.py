@@ -14,7 +14,7 @@ from vlm.losses import cross_entropy, mean_squared_error
 INPUTS = ("image", "tokens", "mask", "token_types")
 
 
-def outputs(model: Any, params: Params, batch: Batch, rng: jax.Array, labels: str, kind: str) -> tuple[Any, Any]:
+def outputs(model: Any, params: Params, batch: Batch, rng: jax.Array, labels: str, config: Any) -> tuple[Any, Any]:
     """The classifier's output [B, K] in float32, and the batch's `labels`.
 
     Raises:
@@ -25,16 +25,14 @@ def outputs(model: Any, params: Params, batch: Batch, rng: jax.Array, labels: st
     missing = [name for name in (*needed, labels) if name not in batch]
     if missing:
         given = ", ".join(sorted(batch))
-        raise UserError(f"objective {kind!r} needs {', '.join(missing)}; the examples give {given}")
+        raise UserError(f"objective {config.objective!r} needs {', '.join(missing)}; the examples give {given}")
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    side = None if model.config.vision is None else model.config.vision.image_size
-    resized = "image" in inputs and inputs["image"].shape[1:3] != (side, side)
     if reads == "text":
         inputs.pop("image", None)
     scores = model.apply(
         {"params": params},
         **inputs,
-        interpolate_positions=resized,
+        interpolate_positions=config.interpolate_positions,
         deterministic=False,
         method=model.classify,
         rngs={"dropout": rng},
@@ -44,7 +42,7 @@ def outputs(model: Any, params: Params, batch: Batch, rng: jax.Array, labels: st
 
 def classification(model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any) -> tuple[Any, Metrics]:
     """Cross-entropy of one class per example; a negative label is left out."""
-    scores, labels = outputs(model, params, batch, rng, "labels", config.objective)
+    scores, labels = outputs(model, params, batch, rng, "labels", config)
     labels = jnp.where(labels < 0, -100, labels)
     value = cross_entropy(scores, labels)
     right = jnp.where(labels >= 0, scores.argmax(-1) == labels, False).sum()
@@ -53,14 +51,14 @@ def classification(model: Any, params: Params, batch: Batch, rng: jax.Array, con
 
 def regression(model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any) -> tuple[Any, Metrics]:
     """Mean squared error of one value per example."""
-    scores, labels = outputs(model, params, batch, rng, "labels", config.objective)
+    scores, labels = outputs(model, params, batch, rng, "labels", config)
     value = mean_squared_error(scores[:, :1], jnp.asarray(labels, jnp.float32)[:, None])
     return value, {"mse": value}
 
 
 def soft_labels(model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any) -> tuple[Any, Metrics]:
     """Binary cross-entropy of every class towards its score in [0, 1], summed over classes (VQA answers)."""
-    scores, targets = outputs(model, params, batch, rng, "label_scores", config.objective)
+    scores, targets = outputs(model, params, batch, rng, "label_scores", config)
     targets = jnp.asarray(targets, jnp.float32)
     terms = jax.nn.softplus(scores) - targets * scores
     value = terms.sum(-1).mean()

@@ -9,7 +9,9 @@ from vlm.errors import UserError
 from vlm.family import Batch, Extra, Metrics, Params
 from vlm.models.flava.finetune import classification, regression, soft_labels
 from vlm.models.flava.model import FLAVA
-from vlm.models.flava.pretrain import WEIGHTS, pretrain
+from vlm.models.flava.pretrain import LOSSES, pretrain
+
+WEIGHTS = tuple(name for names in LOSSES.values() for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +25,15 @@ class LossConfig:
       mim, mlm: weights of masked image modelling of images alone, and masked language modelling of texts alone.
       mmm_image, mmm_text: of the same, predicted by the fusion encoder, for pairs.
       itm, contrastive: of image-text matching (on the masked pair), and of the contrastive loss (on the unmasked one).
-      max_masked_patches, max_masked_tokens: the heads run on so many positions of a row, which must hold all masked
-        ones (`dropped` is logged otherwise); None: all positions.
+      max_masked_patches, max_masked_tokens, max_masked_words: the heads run on so many positions of a picture, of a
+        text alone, and of the text of a pair, which must hold all hidden ones (`…_dropped` logs the share of the
+        others); None: all positions.
       candidate_gradients: False: what is gathered from other rows for the contrastive loss carries no gradient.
       group_size: rows that are averaged over before the groups are averaged; the released code's batch of one device.
         None: every loss is a mean over the whole batch.
       unfiltered_without_itm: with itm=0, pairs whose caption was replaced take part in the other losses, as in the
         released code.
+      interpolate_positions: fine-tune on images of another size than the position table's (VQA).
     """
 
     objective: Literal["pretrain", "classification", "regression", "soft_labels"] = "pretrain"
@@ -41,18 +45,21 @@ class LossConfig:
     contrastive: float = 1.0
     max_masked_patches: int | None = 75
     max_masked_tokens: int | None = None
+    max_masked_words: int | None = None
     candidate_gradients: bool = True
     group_size: int | None = None
     unfiltered_without_itm: bool = False
+    interpolate_positions: bool = False
 
     @property
     def locked(self) -> str:
         """Regular expression of the parameters that the objective does not train."""
         unused = ["codebook/.*", "(vision|text|fusion)/pooler/.*"]
         if self.objective != "pretrain":
-            return "|".join(
-                (*unused, r"(mim|mlm|mmm_image|mmm_text|itm)_head/.*", r"(vision|text)_projection/.*", "logit_scale")
-            )
+            unused += ["vision/mask_embedding", r"(mim|mlm|mmm_image|mmm_text|itm)_head/.*"]
+            return "|".join((*unused, r"(vision|text)_projection/.*", "logit_scale"))
+        if not (self.mim or self.mmm_image or self.mmm_text or self.itm):
+            unused.append("vision/mask_embedding")
         unused += [f"{name}_head/.*" for name in WEIGHTS if name != "contrastive" and not getattr(self, name)]
         if not self.contrastive:
             unused += [r"(vision|text)_projection/.*", "logit_scale"]
@@ -61,10 +68,10 @@ class LossConfig:
         return "|".join((*unused, "classifier/.*"))
 
     def __post_init__(self) -> None:
-        for name, least in (("max_masked_patches", 1), ("max_masked_tokens", 1), ("group_size", 1)):
+        for name in ("max_masked_patches", "max_masked_tokens", "max_masked_words", "group_size"):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, found {value}")
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
         for name in WEIGHTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a weight of at least 0, found {getattr(self, name)}")
@@ -87,11 +94,21 @@ def init_extra(model: FLAVA, params: Params, rng: Any, config: LossConfig) -> Ex
       UserError: the model lacks a part that the objective trains.
     """
     del params, rng
+    parts, classifier = model.config, model.config.classifier
     if config.objective == "pretrain":
-        if not model.config.heads:
-            raise UserError("objective 'pretrain' needs config.model.heads=True")
-    elif model.config.classifier is None:
+        headed = [name for name in WEIGHTS if name != "contrastive" and getattr(config, name)]
+        if headed and not parts.heads:
+            raise UserError(f"config.loss.{headed[0]} needs config.model.heads=True")
+        if config.contrastive and parts.vision and parts.text and parts.projection_dim is None:
+            raise UserError("config.loss.contrastive needs config.model.projection_dim")
+        return {}
+    if classifier is None:
         raise UserError(f"objective {config.objective!r} needs config.model.classifier")
+    reached = {"image": ("vision",), "text": ("text",), "multimodal": ("vision", "text", "fusion")}[classifier.input]
+    idle = [name for name in ("vision", "text", "fusion") if getattr(parts, name) and name not in reached]
+    if idle:
+        expected = " and ".join(f"config.model.{name}=None" for name in idle)
+        raise UserError(f"a classifier of {classifier.input!r} does not reach the {' and '.join(idle)}: {expected}")
     return {}
 
 

@@ -214,20 +214,36 @@ class FLAVA(nn.Module):
         flags: dict[str, Any] = {"interpolate_positions": interpolate_positions, "deterministic": deterministic}
         return self.project("vision", self.encode_image_states(image, **flags))
 
-    def encode_text(self, tokens: Tokens, mask: Mask = None, *, deterministic: bool = True) -> Float[Array, "b p"]:
+    def encode_text(
+        self,
+        tokens: Tokens,
+        mask: Mask = None,
+        *,
+        token_types: Tokens | None = None,
+        positions: Tokens | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "b p"]:
         """Text embeddings in the joint space, not normalised."""
-        return self.project("text", self.encode_text_states(tokens, mask, deterministic=deterministic))
+        given: dict[str, Any] = {"token_types": token_types, "positions": positions, "deterministic": deterministic}
+        return self.project("text", self.encode_text_states(tokens, mask, **given))
 
     def project(self, tower: str, output: EncoderOutput) -> Float[Array, "b p"]:
         """The class token of "vision" or "text" in the joint space, not normalised."""
         return getattr(self, f"{tower}_projection")(output.last_hidden_state[:, 0])
 
     def match(
-        self, image: Image, tokens: Tokens, mask: Mask = None, *, deterministic: bool = True
+        self,
+        image: Image,
+        tokens: Tokens,
+        mask: Mask = None,
+        *,
+        token_types: Tokens | None = None,
+        interpolate_positions: bool = False,
+        **inputs: Any,
     ) -> Float[Array, "b 2"]:
-        """Matching logits of unmasked pairs; index 1: they belong together."""
-        pair = self.encode_image_states(image), self.encode_text_states(tokens, mask)
-        return self.itm_head(self.encode_multimodal(*pair, mask, deterministic=deterministic).last_hidden_state)
+        """Matching logits of unmasked pairs; index 1: they belong together. Inputs as of `encode`."""
+        inputs |= {"token_types": token_types, "interpolate_positions": interpolate_positions}
+        return self.itm_head(self.encode("multimodal", image, tokens, mask, **inputs).last_hidden_state)
 
     def classify(
         self,
@@ -238,29 +254,48 @@ class FLAVA(nn.Module):
         token_types: Tokens | None = None,
         interpolate_positions: bool = False,
         deterministic: bool = True,
+        **inputs: Any,
     ) -> Float[Array, "b k"]:
-        """Scores of the classes (or the values) that the classifier was made for.
+        """Scores of the classes (or the values) that the classifier was made for; inputs as of `encode`."""
+        assert self.config.classifier is not None
+        inputs |= {"token_types": token_types, "interpolate_positions": interpolate_positions}
+        inputs["deterministic"] = deterministic
+        output = self.encode(self.config.classifier.input, image, tokens, mask, **inputs)
+        return self.classifier(output.last_hidden_state[:, 0], deterministic=deterministic)
+
+    def encode(
+        self,
+        kind: str,
+        image: Image | None = None,
+        tokens: Tokens | None = None,
+        mask: Mask = None,
+        *,
+        token_types: Tokens | None = None,
+        positions: Tokens | None = None,
+        image_mask: Bool[AnyArray, "b n"] | None = None,
+        interpolate_positions: bool = False,
+        deterministic: bool = True,
+    ) -> EncoderOutput:
+        """What the "image", "text" or "multimodal" encoder makes of unmasked inputs; see `__call__`.
 
         Raises:
           ValueError: an input that it reads is missing.
         """
-        assert self.config.classifier is not None
-        kind = self.config.classifier.input
+        flags: dict[str, Any] = {"deterministic": deterministic}
         outputs: dict[str, Any] = {}
         if kind != "text":
             if image is None:
-                raise ValueError(f"classify: this model reads {kind} input, found no image")
-            flags: dict[str, Any] = {"interpolate_positions": interpolate_positions, "deterministic": deterministic}
-            outputs["image"] = self.encode_image_states(image, **flags)
+                raise ValueError(f"expected an image for {kind} input, found none")
+            flags_of_image = {**flags, "image_mask": image_mask, "interpolate_positions": interpolate_positions}
+            outputs["image"] = self.encode_image_states(image, **flags_of_image)
         if kind != "image":
             if tokens is None:
-                raise ValueError(f"classify: this model reads {kind} input, found no tokens")
-            outputs["text"] = self.encode_text_states(
-                tokens, mask, token_types=token_types, deterministic=deterministic
-            )
+                raise ValueError(f"expected tokens for {kind} input, found none")
+            flags_of_text = {**flags, "token_types": token_types, "positions": positions}
+            outputs["text"] = self.encode_text_states(tokens, mask, **flags_of_text)
         if kind == "multimodal":
-            outputs[kind] = self.encode_multimodal(**outputs, mask=mask, deterministic=deterministic)
-        return self.classifier(outputs[kind].last_hidden_state[:, 0], deterministic=deterministic)
+            outputs[kind] = self.encode_multimodal(**outputs, mask=mask, image_mask=image_mask, **flags)
+        return outputs[kind]
 
     def codebook_logits(self, image: Image) -> Float[Array, "b i j v"]:
         """Scores of every visual word for every cell of the codebook's picture, whose values are in [0.1, 0.9]."""

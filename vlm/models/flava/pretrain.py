@@ -28,8 +28,8 @@ from vlm.layers.arrays import AnyArray
 from vlm.layers.norms import normalise
 from vlm.losses import contrastive, token_losses
 
-WEIGHTS = ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")
-"""The six losses; a loss setting of the same name weights each."""
+LOSSES = {"images": ("mim",), "texts": ("mlm",), "pairs": ("mmm_image", "mmm_text", "itm", "contrastive")}
+"""The six losses, by the batches that have them; a loss setting of the same name weights each."""
 IGNORE = -100
 """Label of a token that is not predicted."""
 
@@ -50,9 +50,14 @@ def pretrain(model: Any, params: Params, batch: Batch, rng: jax.Array, config: A
     if has["text"] and (config.mmm_text if has["image"] else config.mlm):
         _need(batch, "masked_tokens", "config.processor.mlm_probability")
         _need(batch, "token_labels", "config.processor.mlm_probability")
+    kind = "pairs" if all(has.values()) else "images" if has["image"] else "texts"
+    if not any(getattr(config, name) for name in LOSSES[kind]):
+        raise UserError(f"batches of {kind} train nothing: config.loss has 0 for {' and '.join(LOSSES[kind])}")
+    if kind == "pairs" and config.itm:
+        _need(batch, "itm_labels", "config.processor.itm_probability; without them config.loss.itm=0")
     step = _Step(model, params, batch, rng, config)
-    terms = step.pairs() if all(has.values()) else step.images() if has["image"] else step.texts()
-    weighted = [getattr(config, name) * terms[name] for name in WEIGHTS if name in terms]
+    terms = getattr(step, kind)()
+    weighted = [getattr(config, name) * terms[name] for name in LOSSES[kind] if name in terms]
     return sum(weighted, jnp.zeros(())), terms
 
 
@@ -103,7 +108,8 @@ class _Step:
         """Masked language modelling."""
         batch, types = self.batch, self._types(1)
         states = self.apply(self.model.encode_text_states, batch["masked_tokens"], batch["mask"], **types, **_TRAIN)
-        return self._tokens("mlm", states.last_hidden_state, jnp.ones((self.count,), bool))
+        most = self.config.max_masked_tokens
+        return self._tokens("mlm", states.last_hidden_state, jnp.ones((self.count,), bool), most)
 
     def pairs(self) -> Metrics:
         """Contrastive on the pair as it is; masked modelling and matching on the masked pair."""
@@ -130,8 +136,8 @@ class _Step:
             if config.mmm_image:
                 terms |= self._patches("mmm_image", patches, positive)
             if config.mmm_text:
-                terms |= self._tokens("mmm_text", words, positive)
-            if config.itm and "itm_labels" in batch:
+                terms |= self._tokens("mmm_text", words, positive, config.max_masked_words)
+            if config.itm:
                 terms |= self._matching(hidden)
         return terms
 
@@ -187,7 +193,8 @@ class _Step:
             labels = jnp.take_along_axis(self.batch["patch_labels"], index, axis=1)
         else:
             labels = jax.lax.stop_gradient(self._codebook(index))
-        return self._predict(head, states, labels, index, real, rows, patch_mask)
+        terms = self._predict(head, states, labels, index, real, rows)
+        return terms | self._dropped(head, patch_mask, real, self.config.max_masked_patches)
 
     def _codebook(self, index: jax.Array) -> jax.Array:
         if self.model.config.codebook is None:
@@ -199,23 +206,25 @@ class _Step:
             image = 0.8 / 255 * image.astype(jnp.float32) + 0.1
         return self.apply(self.model.codebook_labels, jax.lax.stop_gradient(image), index)
 
-    def _tokens(self, head: str, states: jax.Array, rows: jax.Array) -> Metrics:
-        """Cross-entropy of the tokens that were hidden."""
+    def _tokens(self, head: str, states: jax.Array, rows: jax.Array, most: int | None) -> Metrics:
+        """Cross-entropy of the tokens that were hidden, `most` of a row."""
         selected = self.batch["token_labels"] != IGNORE
-        index, real = masked_positions(selected, self.config.max_masked_tokens)
+        index, real = masked_positions(selected, most)
         labels = jnp.take_along_axis(self.batch["token_labels"], index, axis=1)
-        return self._predict(head, states, labels, index, real, rows, selected)
+        return self._predict(head, states, labels, index, real, rows) | self._dropped(head, selected, real, most)
 
-    def _predict(self, head: str, states: Any, labels: Any, index: Any, real: Any, rows: Any, selected: Any) -> Metrics:
+    def _dropped(self, head: str, selected: jax.Array, real: jax.Array, most: int | None) -> Metrics:
+        """The share of hidden positions that the head does not see, where it sees only so many of a row."""
+        lost = (selected.sum() - real.sum()) / jnp.maximum(selected.sum(), 1)
+        return {} if most is None else {f"{head}_dropped": lost}
+
+    def _predict(self, head: str, states: Any, labels: Any, index: Any, real: Any, rows: Any) -> Metrics:
         states = jnp.take_along_axis(states, index[:, :, None], axis=1)
         logits = self.apply(self.model.predict_masked, head, states)
         keep, size = real & rows[:, None], self.config.group_size
         losses = token_losses(logits, jnp.where(keep, labels, IGNORE))
         right = grouped_mean(logits.argmax(-1) == labels, keep, size)
-        terms = {head: grouped_mean(losses, keep, size), f"{head}_accuracy": right}
-        if index.shape[1] < selected.shape[1]:
-            terms[f"{head}_dropped"] = (selected.sum() - real.sum()) / jnp.maximum(selected.sum(), 1)
-        return terms
+        return {head: grouped_mean(losses, keep, size), f"{head}_accuracy": right}
 
 
 _TRAIN = {"deterministic": False}
