@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -176,9 +177,14 @@ class Checkpoints:
         self._tested = True
 
     def _discard(self, step: int) -> None:
-        if is_primary():
-            for path in self.directory.glob(f"{step}{steps.UNVERIFIED}*"):
+        """Removes what a failed save has left. Writes that had begun may still end, and put files back meanwhile."""
+        for _ in range(20 if is_primary() else 0):
+            left = list(self.directory.glob(f"{step}{steps.UNVERIFIED}*"))
+            for path in left:
                 shutil.rmtree(path, ignore_errors=True)
+            if not left:
+                return
+            time.sleep(0.1)
 
     def wait(self) -> None:
         """Blocks until the last save is durable.
