@@ -24,8 +24,8 @@ ImageNet 75.54. In the first steps expect ln 8192 = 9.0 for mim and mmm_image, l
 ln 2 = 0.69 for itm (0.33 once it says that all captions are right), and ln 8192 = 9.0 for contrastive.
 
 Texts are read as they are, one record one row of 512: a Parquet column `text` whose records hold about 510 word pieces
-of consecutive sentences, not beyond the end of a document (RoBERTa's "full sentences", its second form). What is longer
-is cut off, what is shorter is padded; nothing is packed here. CCNews and BookCorpus are drawn by their gigabytes.
+of consecutive sentences, also from one document to the next (RoBERTa's "full sentences"). What is longer is cut off,
+what is shorter is padded; nothing is packed here. CCNews and BookCorpus are drawn by their gigabytes.
 
 `900m`, `1.8b`, `2.7b`, `4.8b`, `10b`: torchmultimodal's larger sizes with its recipe; nothing is published about what
 they reach.
@@ -52,7 +52,7 @@ from vlm.demo import scenes
 WIDTH = {"hidden_size": 768, "num_heads": 12, "mlp_dim": 3072}
 PAIRS = ("coco", "sbu", "localized_narratives", "cc3m", "visual_genome", "wit", "cc12m", "redcaps", "yfcc100m")
 TEXTS = {"ccnews": 76.0, "bookcorpus": 5.0}
-"""Weights: gigabytes (Liu et al. 2019, section 3.2; BookCorpus is a third of its 16 with Wikipedia)."""
+"""Weights: gigabytes; of CCNews after Liu et al. 2019, section 3.2, BookCorpus has about 5."""
 PAIR_STEPS = 150_000
 CODEBOOK = {"path": "checkpoints/flava-image-codebook", "include": "codebook/.*"}
 FULL = "checkpoints/flava-full"
