@@ -2,15 +2,19 @@
 
 import dataclasses
 import re
+import shlex
+import threading
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+import train
 import vlm
 from vlm import dry_run, precompute
 from vlm.config import build, parse_config_flag
+from vlm.data.ledger import FatalDataError
 from vlm.data.teacher_cache import TeacherCache, write_cache
 from vlm.errors import UserError
 from vlm.experiment import experiment, make_loader, make_processor, open_data
@@ -143,7 +147,13 @@ def test_cached_visual_words_are_the_codebooks(scenes, capsys):
     words = folder / "words"
     options = ["--config.processor.augment=None", f"--output={words}", "--batch_size=3"]
     assert precompute.main([*flags, *options]) == 0
-    assert "--config.data.codebook_cache=" in (out := capsys.readouterr().out) and "4 pictures" in out
+    assert "4 pictures" in (out := capsys.readouterr().out)
+    command = shlex.split(out.partition("train with ")[2])
+    assert train.main([flags[0], *command, f"--workdir={folder / 'run'}", "--dry_run"]) == 0
+    batches = capsys.readouterr().out.split("== one batch of ")[1:]
+    shown = [re.search("^patch_labels +32x36 +int32$", batch, re.M) for batch in batches]
+    assert [bool(found) for found in shown] == [True, True, False]
+    assert "codebook_image" not in "".join(batches)
     cache = TeacherCache(words, verify=True)
     assert (cache.dim, len(cache)) == (36, 4) and cache.teacher.startswith("codebook:")
     live, batch = _first_batch(folder)
@@ -159,9 +169,13 @@ def test_visual_words_are_refused_where_they_would_be_wrong(scenes, tmp_path, ca
     folder, flags, _, _ = scenes
     output = f"--output={tmp_path / 'words'}"
     whole = ["--config.processor.augment=None", output]
+    texts = {"kind": "jsonl", "path": "/nowhere/texts.jsonl", "fields": {"text": "text"}}
     for more, message in (
         ([output], "config.processor.augment: expected None, found random crops"),
         ([*whole, "--config.model.codebook=None"], "config.model.codebook: expected the codebook, found None"),
+        ([*whole, "--config.processor.codebook_size=None"], "codebook_size: expected 48, found None"),
+        ([*whole, "--config.processor.codebook_size=40"], "codebook_size: expected 48, found 40"),
+        ([*whole, "--config.data.streams={}", f"--config.data.sources=({texts},)"], "found no source with an image"),
         ([*whole, "--config.init=()"], "config.init: no checkpoint gives the codebook's weights"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -180,3 +194,85 @@ def test_visual_words_are_refused_where_they_would_be_wrong(scenes, tmp_path, ca
         open_data(settings, make_processor(settings, get_family("flava")), settings.data.sources)
     with pytest.raises(UserError, match=r"36 visual words, but \(3, 3\) patches"):
         _first_batch(folder, **cached, codebook_size=None, patch_size=8)
+
+
+@pytest.mark.parametrize("data", ["prepared", "absent"])
+def test_dry_run_shows_visual_words(scenes, data, tmp_path):
+    folder = scenes[0] if data == "prepared" else tmp_path
+    changes = {"processor.augment": None, "processor.codebook_size": None, "model.codebook": None}
+    changes |= {"data.codebook_cache": folder / "words"}
+    flags = [f"--config.{name}={value}" for name, value in changes.items()]
+    config = parse_config_flag(f"{FLAVA_CONFIG}:tiny,{folder}", flags)
+    images, pairs, text = dry_run.describe(build(Config, config, ""), config).split("== one batch of ")[1:]
+    for batch in (images, pairs):
+        assert re.search("^patch_labels +32x36 +int32$", batch, re.M) and "codebook_image" not in batch
+    assert "patch_labels" not in text and ("not available here" in images) == (data == "absent")
+
+
+def test_training_needs_no_codebook_where_its_words_are_cached():
+    whole = "--config.init=({'path': 'whole', 'include': '.*'},)"
+    settings = build(Config, parse_config_flag(f"{FLAVA_CONFIG}:full", [whole]), "")
+    assert precompute.training_flags(settings, "words")[-1].count("'include': '(?!codebook/)(?:.*)'") == 1
+    settings = build(Config, parse_config_flag(f"{FLAVA_CONFIG}:full"), "")
+    flags = precompute.training_flags(settings, "words")
+    cached = build(Config, parse_config_flag(f"{FLAVA_CONFIG}:full", flags), "")
+    assert [(entry.path, entry.include) for entry in cached.init] == [
+        ("checkpoints/dino-vitb16", "vision/.*"),
+        ("runs/flava_mlm", "text/.*"),
+    ]
+    assert cached.data.codebook_cache == "words" and experiment(cached).model_config.codebook is None
+
+
+class Pictures:
+    """A source of twelve records: one without picture, one damaged, some alike."""
+
+    name = "pictures"
+
+    def __init__(self):
+        self.threads = set()
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        self.threads.add(threading.current_thread().name)
+        if index == 11:
+            raise FatalDataError("the disk is gone")
+        return {"image": None if index == 3 else b"damaged" if index == 5 else b"%d" % (index // 2)}
+
+
+class Codebook:
+    def codebook_image(self, image):
+        if image == b"damaged":
+            raise UserError("damaged")
+        return np.full(1, int(image))
+
+
+def test_pictures_are_read_by_threads_in_order_and_once(capsys):
+    source, seen = Pictures(), []
+    read = precompute._pictures([source], Codebook(), lambda key: key in seen, 3)
+    batches = precompute._computed(read, np.stack, 2)
+    with pytest.raises(FatalDataError, match="the disk is gone"):
+        seen += [int(row[0]) for _, rows in batches for row in rows]
+    assert all(name.startswith("pictures_") for name in source.threads)
+    assert capsys.readouterr().err == "left out: pictures, record 5: damaged\n"
+    whole = Pictures()
+    whole.__class__ = type("Eleven", (Pictures,), {"__len__": lambda self: 11})
+    read = precompute._pictures([whole], Codebook(), lambda key: False, 3)
+    batches = list(precompute._computed(read, np.stack, 4))
+    assert [rows[:, 0].tolist() for _, rows in batches] == [[0, 1, 2, 3], [4, 5]]
+    assert len({key for keys, _ in batches for key in keys}) == 6
+
+
+def test_the_device_has_the_next_batch_before_one_is_taken():
+    """And is never asked for what is being computed."""
+    dispatched = []
+
+    def rows(items):
+        dispatched.append(list(items))
+        return np.asarray(items)[:, None]
+
+    items = [(str(number), number) for number in (0, 1, 1, 2, 0, 3, 4)]
+    batches = precompute._computed(iter(items), rows, 2)
+    assert next(batches)[0] == ["0", "1"] and dispatched == [[0, 1], [2, 3]]
+    assert [names for names, _ in batches] == [["2", "3"], ["4"]] and dispatched[2:] == [[4, 4]]

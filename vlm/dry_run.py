@@ -128,6 +128,8 @@ def _batch(settings: Config, parts: Experiment, state: Any, specs: Sequence[Mapp
         rows = rows(build(parts.family.processor_type, settings.processor, "processor"), **arguments)
         if settings.data.teacher_cache is not None:
             rows = rows | {"target": ((parts.loss_config.target_dim(parts.model_config),), "float32")}
+        if settings.data.codebook_cache is not None and "patch_mask" in rows:
+            rows = rows | {"patch_labels": (rows["patch_mask"][0], "int32")}
         # Raw pixels would be normalised first, in another dict than the one that notes what is read.
         kinds = {name: "float32" if name == "image" else dtype for name, (_, dtype) in rows.items()}
         abstract = {name: jax.ShapeDtypeStruct((batch, *row[0]), kinds[name]) for name, row in rows.items()}

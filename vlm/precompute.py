@@ -9,7 +9,11 @@ memory, and one row serves every language. The loss is the live teacher's, up to
     python -m vlm.precompute --config=configs/flava.py:full --config.processor.augment=None --output=data/visual_words
 
 FLAVA: the visual words of all configured pictures, found by their bytes (`config.data.codebook_cache`). They are those
-of whole pictures: training then crops nothing.
+of whole pictures: training then crops nothing. `config.data.num_workers` threads read and decode pictures ahead of the
+devices.
+
+It runs on one host, with all its devices. A cache appears when it is complete: what is stopped before starts over, and
+caches are not joined.
 """
 
 from __future__ import annotations
@@ -21,14 +25,20 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 from vlm.config import build, command_line, parse_command
 from vlm.errors import UserError, exit_on_user_error
 from vlm.schema import Config
+
+_AHEAD = 8
+"""Records that are being read or wait to be taken, for each thread."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -55,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, output = build(Config, config, ""), options.output
         if settings.family == "flava":
             count = precompute_words(settings, output, options.batch_size)
-            found, others = f"visual words of {count} pictures", " --config.processor.codebook_size=None"
-            print(f"{found} in {output}; train with --config.data.codebook_cache={output}{others}")
+            flags = " ".join(map(shlex.quote, training_flags(settings, output)))
+            print(f"visual words of {count} pictures in {output}; train with {flags}")
         else:
             count = precompute(settings, output, options.dtype, options.batch_size)
             print(f"{count} sentences in {output}; train with --config.data.teacher_cache={output}")
@@ -69,9 +79,6 @@ def precompute(settings: Config, output: str, dtype: str, batch_size: int) -> in
     Raises:
       UserError: the configuration is not one of teacher learning with a live teacher, or has no parallel text.
     """
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
     from vlm import sharding
     from vlm.data.source import open_sources
     from vlm.data.teacher_cache import write_cache
@@ -87,13 +94,19 @@ def precompute(settings: Config, output: str, dtype: str, batch_size: int) -> in
         raise UserError("config.processor.teacher_tokenizer is missing")
     sources, _ = open_sources(settings.data.sources)
     mesh = sharding.make_mesh(settings.sharding.mesh)
-    devices = mesh.size
-    batch_size = -(-batch_size // devices) * devices
     with sharding.use(mesh, settings.sharding.rules):
         teacher = _teacher(settings, parts, mesh)
-        split = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
-        embed = jax.jit(functools.partial(teacher_targets, loss), in_shardings=(None, split))
-        batches = _embeddings(sources, processor, embed, teacher, batch_size)
+        embed = _on_all_devices(functools.partial(teacher_targets, loss), mesh)
+
+        def rows(sentences: list[str]) -> Any:
+            batch = processor.teacher_tokenizer(
+                sentences, max_length=processor.teacher_max_length, padding="max_length"
+            )
+            return embed(teacher, {f"teacher_{name}": batch[name] for name in ("tokens", "mask")})
+
+        def batches(known: Callable[[str], bool]) -> Iterator[tuple[list[str], Any]]:
+            return _computed(_sentences(sources, known), rows, -(-batch_size // mesh.size) * mesh.size)
+
         return write_cache(output, batches, teacher=_fingerprint(loss, teacher), dtype=dtype)
 
 
@@ -103,8 +116,7 @@ def precompute_words(settings: Config, output: str, batch_size: int) -> int:
     Raises:
       UserError: the model has no codebook or no checkpoint gives it, pictures are cropped at random, or there are none.
     """
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
+    import numpy as np
 
     from vlm import sharding
     from vlm.data.source import open_sources
@@ -118,119 +130,177 @@ def precompute_words(settings: Config, output: str, batch_size: int) -> int:
         raise UserError("config.model.codebook: expected the codebook, found None")
     if settings.processor.get("augment") is not None:
         raise UserError("config.processor.augment: expected None, found random crops, whose words would be others")
+    processor = make_processor(settings, family)
+    side, expected = processor.config.codebook_size, config.codebook_size
+    if side is None or expected not in (None, side):
+        raise UserError(f"config.processor.codebook_size: expected {expected or 'the side of pictures'}, found {side}")
+    specs = [spec for spec in settings.data.sources if "image" in spec.get("fields", ("image",))]
+    if not specs:
+        raise UserError("config.data.sources: expected pictures, found no source with an image field")
+    sources, _ = open_sources(specs)
     alone = dict.fromkeys(("vision", "text", "fusion", "projection_dim", "classifier"), None)
     model = family.module(dataclasses.replace(config, **alone, heads=False))
-    processor = make_processor(settings, family)
-    sources, _ = open_sources(settings.data.sources)
     mesh = sharding.make_mesh(settings.sharding.mesh)
-    batch_size = -(-batch_size // mesh.size) * mesh.size
     with sharding.use(mesh, settings.sharding.rules):
         params = _codebook(settings, model, mesh)
-        split = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
-        words = functools.partial(model.apply, method=model.codebook_labels)
-        labels = jax.jit(words, in_shardings=(None, split))
-        batches = _words(sources, processor, lambda image: labels({"params": params}, image), batch_size)
+        labels = _on_all_devices(functools.partial(model.apply, method=model.codebook_labels), mesh)
+
+        def rows(pictures: list[Any]) -> Any:
+            return labels({"params": params}, np.stack(pictures))
+
+        def batches(known: Callable[[Any], bool]) -> Iterator[tuple[list[Any], Any]]:
+            pictures = _pictures(sources, processor, known, settings.data.num_workers)
+            return _computed(pictures, rows, -(-batch_size // mesh.size) * mesh.size)
+
         fingerprint = f"codebook:{_digest(config.codebook, params)}"
-        return write_cache(output, batches, teacher=fingerprint, dtype="uint16", vocab_size=config.image_vocab_size)
+        options = {"dtype": "uint16", "vocab_size": config.image_vocab_size}
+        return write_cache(output, batches, teacher=fingerprint, **options)
+
+
+def training_flags(settings: Config, output: str) -> list[str]:
+    """The flags with which training reads visual words in the place of the codebook, and does not load it."""
+    from vlm.loading import expected_params
+    from vlm.models import get_family
+
+    family = get_family(settings.family)
+    paths, entries = expected_params(family, build(family.config_type, settings.model, "model")), []
+    for entry in settings.init:
+        gives = {path.startswith("codebook/") for path in paths if re.fullmatch(entry.include, path)}
+        if entry.into != "params" or gives != {True}:
+            include = f"(?!codebook/)(?:{entry.include})" if entry.into == "params" and True in gives else entry.include
+            entries.append({"path": entry.path, "into": entry.into, "include": include})
+    cleared = ("processor.augment", "processor.codebook_size", "model.codebook")
+    flags = {"data.codebook_cache": output, **dict.fromkeys(cleared), "init": tuple(entries)}
+    return [f"--config.{name}={value}" for name, value in flags.items()]
+
+
+def _on_all_devices(function: Callable[..., Any], mesh: Any) -> Callable[..., Any]:
+    """`function` of weights and a batch, compiled, each device with its rows."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    split = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
+    return jax.jit(function, in_shardings=(None, split))
+
+
+def _computed(
+    items: Iterable[tuple[Any, Any]], rows: Callable[[list[Any]], Any], batch_size: int
+) -> Iterator[tuple[list[Any], Any]]:
+    """Names of items and their rows, batch by batch; the devices have the next batch when one is handed out."""
+    import numpy as np
+
+    running: tuple[list[Any], Any] | None = None
+    for chunk in itertools.chain(_chunks(items, batch_size), [{}]):
+        names, content = list(chunk), list(chunk.values())
+        padded = content + content[-1:] * (batch_size - len(content))  # one shape, one compilation
+        following = (names, rows(padded)) if names else None
+        if running is not None:
+            yield running[0], np.asarray(running[1])[: len(running[0])]
+        running = following
+
+
+def _chunks(items: Iterable[tuple[Any, Any]], size: int) -> Iterator[dict[Any, Any]]:
+    """So many items at a time by name, without those of the same chunk and of the one before, which still runs."""
+    chunk: dict[Any, Any] = {}
+    before: dict[Any, Any] = {}
+    for name, item in items:
+        if name not in before:
+            chunk.setdefault(name, item)
+        if len(chunk) == size:
+            yield chunk
+            before, chunk = chunk, {}
+    if chunk:
+        yield chunk
 
 
 def _codebook(settings: Config, model: Any, mesh: Any) -> Any:
     """The weights of a model that is nothing but a codebook, from the entries of `config.init` that give them."""
     import jax
 
+    from vlm.tree import flatten
+
+    abstract = jax.eval_shape(lambda: {"params": model.init(jax.random.key(0))["params"]})
+    entries = [
+        dataclasses.replace(entry, include=f"(?=codebook/)(?:{entry.include})")  # the other weights have no place here
+        for entry in settings.init
+        if entry.into == "params" and any(re.fullmatch(entry.include, path) for path in flatten(abstract["params"]))
+    ]
+    return _weights(settings, entries, mesh, "codebook", params=abstract["params"])["params"]
+
+
+def _weights(settings: Config, entries: Sequence[Any], mesh: Any, what: str, **abstract: Any) -> Any:
+    """The arrays of `params` or `extra` on the mesh, from entries of `config.init`; all of them must be given."""
     from vlm import sharding
     from vlm.initial import starting_weights, still_random
     from vlm.training import put_weight
     from vlm.tree import flatten, unflatten
 
-    abstract = jax.eval_shape(lambda: {"params": model.init(jax.random.key(0))["params"]})
-    params = sharding.place(abstract, settings.sharding.rules, mesh.shape)["params"]
-    placements = SimpleNamespace(params=params, extra={})
-    entries = [
-        dataclasses.replace(entry, include=f"(?=codebook/)(?:{entry.include})")  # the other weights have no place here
-        for entry in settings.init
-        if entry.into == "params" and any(re.fullmatch(entry.include, path) for path in flatten(params))
-    ]
+    placed = {name: sharding.place(tree, settings.sharding.rules, mesh.shape) for name, tree in abstract.items()}
+    placements = SimpleNamespace(**({"params": {}, "extra": {}} | placed))
     start = starting_weights(entries, placements, mesh)
     if missing := still_random(start, placements):
-        raise UserError(f"config.init: no checkpoint gives the codebook's weights {missing}")
-    targets = flatten({"params": params})
-    return unflatten({path: put_weight(path, leaf, targets, mesh) for path, leaf in start.items()})["params"]
+        raise UserError(f"config.init: no checkpoint gives the {what}'s weights {missing}")
+    targets = flatten(placed)
+    return unflatten({path: put_weight(path, leaf, targets, mesh) for path, leaf in start.items()})
 
 
-def _words(sources: Sequence[Any], processor: Any, labels: Any, batch_size: int) -> Iterator[tuple[list[bytes], Any]]:
-    """Distinct pictures of all sources, in order, and their visual words; a picture that is damaged is left out."""
-    import numpy as np
+def _pictures(
+    sources: Sequence[Any], processor: Any, known: Callable[[Any], bool], threads: int
+) -> Iterator[tuple[Any, Any]]:
+    """Keys and codebook's pictures of all sources, in order, decoded by threads ahead of their use.
+
+    A picture that is known already is left out, and so is a damaged one.
+    """
     from tqdm import tqdm
 
-    from vlm.data.teacher_cache import image_key
+    from vlm.data.ledger import FatalDataError
+    from vlm.data.teacher_cache import picture_key
 
-    def pictures() -> Iterator[tuple[bytes, Any]]:
-        seen: set[bytes] = set()
-        for source in sources:
-            for index in tqdm(range(len(source)), desc=source.name, unit="picture", disable=not sys.stderr.isatty()):
-                try:
-                    image = source[index].get("image")
-                    if image is not None and (key := image_key(image)) not in seen:
-                        seen.add(key)
-                        yield image, processor.codebook_image(image)
-                except UserError as error:  # training replaces such an example too
-                    print(f"left out: {source.name}, record {index}: {error}", file=sys.stderr)
+    def read(source: Any, index: int) -> tuple[Any, Any] | None:
+        try:
+            image = source[index].get("image")
+            if image is None or known(key := picture_key(image)):
+                return None
+            return key, processor.codebook_image(image)
+        except FatalDataError:
+            raise
+        except UserError as error:  # training replaces such an example too
+            print(f"left out: {source.name}, record {index}: {error}", file=sys.stderr)
+            return None
 
-    stream = pictures()
-    while chunk := list(itertools.islice(stream, batch_size)):
-        pixels = [pixels for _, pixels in chunk]
-        batch = np.stack(pixels + pixels[-1:] * (batch_size - len(chunk)))  # one shape, one compilation
-        yield [image for image, _ in chunk], np.asarray(labels(batch))[: len(chunk)]
+    ahead: deque[Future] = deque()
+    with ThreadPoolExecutor(max(1, threads), "pictures") as pool:
+        try:
+            for source in sources:
+                bar = tqdm(range(len(source)), desc=source.name, unit="picture", disable=not sys.stderr.isatty())
+                for index in bar:
+                    ahead.append(pool.submit(read, source, index))
+                    if len(ahead) > _AHEAD * max(1, threads) and (found := ahead.popleft().result()) is not None:
+                        yield found
+            while ahead:
+                if (found := ahead.popleft().result()) is not None:
+                    yield found
+        finally:  # the consumer may have stopped: what has not begun is not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _teacher(settings: Config, parts: Any, mesh: Any) -> Any:
     """The extra state with the teacher's weights, from the entries of `config.init` that go there."""
-    from vlm import sharding
-    from vlm.initial import starting_weights, still_random
-    from vlm.training import put_weight
-    from vlm.tree import flatten, unflatten
-
-    abstract = parts.init.abstract().extra
-    placements = SimpleNamespace(params={}, extra=sharding.place(abstract, settings.sharding.rules, mesh.shape))
     entries = [entry for entry in settings.init if entry.into.split("/")[0] == "extra"]
-    start = starting_weights(entries, placements, mesh)
-    if missing := still_random(start, placements):
-        raise UserError(f"config.init: no checkpoint gives the teacher's weights {missing}")
-    targets = flatten({"extra": placements.extra})
-    arrays = {path: put_weight(path, leaf, targets, mesh) for path, leaf in start.items()}
-    return unflatten(arrays)["extra"]
+    return _weights(settings, entries, mesh, "teacher", extra=parts.init.abstract().extra)["extra"]
 
 
-def _embeddings(
-    sources: Sequence[Any], processor: Any, embed: Any, teacher: Any, batch_size: int
-) -> Iterator[tuple[list[str], Any]]:
-    """Distinct English sentences of all sources, in order, and their embeddings."""
-    import numpy as np
+def _sentences(sources: Sequence[Any], known: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    """English sentences of all sources that are not known yet, in order; each names itself."""
     from tqdm import tqdm
 
-    from vlm.data.teacher_cache import sentence_key
-
-    def sentences() -> Iterator[str]:
-        seen: set[bytes] = set()
-        for source in sources:
-            for index in tqdm(range(len(source)), desc=source.name, unit="pair", disable=not sys.stderr.isatty()):
-                text = source[index].get("source_text")
-                if not isinstance(text, str):
-                    raise UserError(
-                        f"{source.name}, record {index}: expected a `source_text` string, found {text!r:.80}"
-                    )
-                key = sentence_key(text)
-                if key not in seen:
-                    seen.add(key)
-                    yield text
-
-    stream = sentences()
-    while chunk := list(itertools.islice(stream, batch_size)):
-        padded = chunk + [chunk[-1]] * (batch_size - len(chunk))  # one shape, one compilation
-        rows = processor.teacher_tokenizer(padded, max_length=processor.teacher_max_length, padding="max_length")
-        batch = {f"teacher_{name}": rows[name] for name in ("tokens", "mask")}
-        yield chunk, np.asarray(embed(teacher, batch))[: len(chunk)]
+    for source in sources:
+        for index in tqdm(range(len(source)), desc=source.name, unit="pair", disable=not sys.stderr.isatty()):
+            text = source[index].get("source_text")
+            if not isinstance(text, str):
+                raise UserError(f"{source.name}, record {index}: expected a `source_text` string, found {text!r:.80}")
+            if not known(text):
+                yield text, text
 
 
 def _fingerprint(loss: Any, teacher: Any) -> str:

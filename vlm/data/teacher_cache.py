@@ -26,6 +26,7 @@ from vlm.errors import UserError, did_you_mean
 
 _DTYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "uint16": np.uint16}
 _FORMAT = 1
+Batches = Iterable[tuple[Sequence[str] | Sequence[bytes], Num[np.ndarray, "b dim"]]]
 
 
 def normalise(sentence: str) -> str:
@@ -43,17 +44,30 @@ def image_key(image: bytes) -> bytes:
     return hashlib.blake2b(image, digest_size=16).digest()
 
 
+class PictureKey(bytes):
+    """What `image_key` returned, in the place of the picture."""
+
+
+def picture_key(image: bytes) -> PictureKey:
+    """Returns `image_key` in a form that a cache takes for the picture itself."""
+    return PictureKey(image_key(image))
+
+
 def _key(item: str | bytes) -> bytes:
+    if isinstance(item, PictureKey):
+        return bytes(item)
     return image_key(item) if isinstance(item, bytes) else sentence_key(item)
 
 
 def _shown(item: str | bytes) -> str:
+    if isinstance(item, PictureKey):
+        return f"picture of key {item.hex()}"
     return f"picture of {len(item):,} bytes" if isinstance(item, bytes) else f"{normalise(item)!r:.200}"
 
 
 def write_cache(
     path: str | os.PathLike,
-    batches: Iterable[tuple[Sequence[str] | Sequence[bytes], Num[np.ndarray, "b dim"]]],
+    batches: Batches | Callable[[Callable[[str | bytes], bool]], Batches],
     *,
     teacher: str,
     dtype: str = "float16",
@@ -64,7 +78,8 @@ def write_cache(
 
     Args:
         path: the folder to make; it appears only when complete.
-        batches: items (sentences, or encoded pictures) and their rows.
+        batches: items (sentences, encoded pictures, or their `picture_key`s) and their rows; or what makes them, given
+            a function that tells whether the cache holds an item by now (from any thread).
         teacher: fingerprint of the model that made them, compared when the cache is opened.
         dtype: float16, bfloat16, float32, or uint16 for whole numbers.
         vocab_size: of visual words; every number of a row is below it.
@@ -84,7 +99,7 @@ def write_cache(
     temporary.mkdir(parents=True)
     try:
         writer = _Writer(temporary, dtype, rows_per_shard, vocab_size)
-        for sentences, embeddings in batches:
+        for sentences, embeddings in batches(writer.holds) if callable(batches) else batches:
             writer.add(sentences, np.asarray(embeddings))
         count = writer.finish(teacher)
         os.rename(temporary, path)
@@ -101,6 +116,9 @@ class _Writer:
         self._shards: list[dict[str, Any]] = []
         self._pending: list[np.ndarray] = []
         self._dim: int | None = None
+
+    def holds(self, item: str | bytes) -> bool:
+        return _key(item) in self._known
 
     def add(self, sentences: Sequence[str] | Sequence[bytes], embeddings: np.ndarray) -> None:
         if embeddings.ndim != 2 or len(embeddings) != len(sentences):
