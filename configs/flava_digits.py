@@ -74,12 +74,17 @@ def _digits(folder: str) -> ConfigDict:
 
 def _evaluations(folder: str) -> dict:
     """On held-out scans: which digit (linear probe), whether a caption is right, which caption, which picture."""
-    single = {name: {"kind": "json", "path": f"{folder}/flava/digits_{name}.json"} for name in ("train", "test")}
+    scene, single = (
+        {name: {"kind": "json", "path": f"{folder}/flava/{file}_{name}.json", **root} for name in ("train", "test")}
+        for file, root in (("pairs", {"root": f"{folder}/scenes"}), ("digits", {}))
+    )
+    scene_parts = {"train": scene["train"], "data": scene["test"]}
+    probe = {"kind": "linear_probe", "features": "class_token", "batch_size": 120}
     matches = {"kind": "json", "path": f"{folder}/flava/matches_test.json", "root": f"{folder}/scenes"}
-    scene = {"kind": "json", "path": f"{folder}/scenes/caption_test.json"}
-    probe = {"kind": "linear_probe", "train": single["train"], "data": single["test"], "features": "class_token"}
+    captions = {"kind": "json", "path": f"{folder}/scenes/caption_test.json"}
     return {
-        "probe": {**probe, "batch_size": 120},
+        **{f"probe_{label}": {**probe, **scene_parts, "label": label} for label in ("left", "larger")},
+        "probe_single": {**probe, "train": single["train"], "data": single["test"]},
         "matching": {"kind": "nlvr2", "head": "match", "data": matches, "batch_size": 100},
-        "retrieval": {"kind": "retrieval", "data": scene, "text": "caption", "group": "caption", "batch_size": 100},
+        "retrieval": {"kind": "retrieval", "data": captions, "text": "caption", "group": "caption", "batch_size": 100},
     }

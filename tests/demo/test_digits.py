@@ -48,12 +48,11 @@ def test_patches_are_cut_row_by_row():
 def test_one_digit_on_white_paper(folder):
     rows = read(folder, "digits_train.json")
     assert len(rows) == 30 and {row["label"] for row in rows} <= set(range(10))
-    sides = set()
     for row in rows:
         words = visual_words.patches((folder / row["image"]).read_bytes(), scenes.SIZE, digits.PATCH)
         inked = np.argwhere((words.min(axis=1) < 200).reshape(6, 6))
-        sides.add(int((np.ptp(inked, axis=0) + 1).max()))
-    assert sides == {2, 4, 6}  # patches: a scan is eight pixels high, and drawn up to thrice as large
+        assert (np.ptp(inked, axis=0) + 1).max() == 2 * row["scale"]  # patches: a scan is eight pixels high
+    assert {row["scale"] for row in rows} == set(digits.SCALES)
 
 
 def test_half_of_the_captions_are_wrong(folder):

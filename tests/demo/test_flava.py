@@ -32,8 +32,12 @@ def here(command):
         assert train.main(command[1:]) == 0
         return ""
     options, config = parse_command(eval_command.arguments(), command[1:])
+    assert config is not None
     opened = vlm.evaluation.prepare(build(Config, config, "").eval).evaluators
-    assert set(opened) == {"probe", "matching", "retrieval"} and opened["matching"][0].size == 96
+    assert (
+        set(opened) == {"probe_left", "probe_larger", "probe_single", "matching", "retrieval"}
+        and opened["matching"][0].size == 96
+    )
     assert options.output.endswith("_results.json")
     trained = not options.checkpoint.endswith("random")
     model, _, processor = vlm.load(options.checkpoint)
@@ -84,7 +88,7 @@ def test_marks():
     random = dict.fromkeys(flava.FALLS, 4.0)
     trained = {name: 3.999 - fall for name, fall in flava.FALLS.items()} | flava.MARKS
     assert flava.missed(random, trained) == []
-    assert flava.missed(random, trained | {"itm": 4.0, "probe/top1": 0.1}) == ["itm", "probe/top1"]
+    assert flava.missed(random, trained | {"itm": 4.0, "matching/accuracy": 0.1}) == ["itm", "matching/accuracy"]
     assert flava.missed(random, trained | {"mim": float("nan")}) == ["mim"]
 
 

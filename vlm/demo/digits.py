@@ -1,7 +1,8 @@
 """What FLAVA's demonstration reads beside the scenes of two digits, in one folder.
 
     images/train_00000.png …                 24 × 24 pixels: one scan, small or large, on white paper
-    digits_train.json, digits_test.json      [{"image", "label"}]
+    digits_train.json, digits_test.json      [{"image", "label", "scale"}]
+    pairs_train.json, pairs_test.json        [{"image", "left", "right", "larger"}]: scenes and digits
     texts_train.json, texts_test.json        [{"text"}]: captions, and questions with their answers
     matches_test.json                        [{"image", "text", "label"}]: captions of test scenes, half wrong
     visual_words, visual_words.npy           visual words of all pictures, and what they look like
@@ -27,6 +28,7 @@ from vlm.demo.prepare import load_scans, png, split
 DIGITS = {"train": 4000, "test": 720}
 PATCH = 4
 SCALES = (1, 2, 3)
+PROBED = 4000
 
 
 def sources(folder: str, split: str) -> dict[str, dict[str, Any]]:
@@ -52,6 +54,7 @@ def prepare_digits(scenes_folder: Path, folder: str | os.PathLike, seed: int = 0
         for number, (name, rows) in enumerate(split(labels, seed).items()):
             rng = np.random.default_rng((seed, 3, number))
             _write_digits(draft, name, scans[rows], labels[rows], rng)
+            _write_json(draft / f"pairs_{name}.json", both_digits(_read(scenes_folder / f"caption_{name}.json")))
             _write_json(draft / f"texts_{name}.json", [{"text": text} for text in _texts(scenes_folder, name)])
         _write_json(draft / "matches_test.json", matches(_read(scenes_folder / "caption_test.json"), rng))
         pictures = {name: _pictures(scenes_folder, name) + _pictures(draft, name) for name in DIGITS}
@@ -60,6 +63,16 @@ def prepare_digits(scenes_folder: Path, folder: str | os.PathLike, seed: int = 0
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def both_digits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scenes with their two digits as numbers, the first `PROBED` of them."""
+    found = []
+    for row in rows[:PROBED]:
+        words = (row["caption"] if isinstance(row["caption"], str) else row["caption"][0]).split()
+        left, right = (scenes.NUMBERS.index(words[place]) for place in (1, 7))
+        found.append({"image": row["image"], "left": left, "right": right, "larger": max(left, right)})
+    return found
 
 
 def matches(rows: Sequence[dict[str, Any]], rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -79,18 +92,20 @@ def _write_digits(folder: Path, name: str, scans: np.ndarray, labels: np.ndarray
         place = int(rng.integers(len(scans))) if name == "train" else number % len(scans)
         scan = scenes.vary(scans[place], rng) if name == "train" else scans[place]
         image = f"images/{name}_{number:05d}.png"
-        (folder / image).write_bytes(png(_paper(scan, rng)))
-        rows.append({"image": image, "label": int(labels[place])})
+        paper, scale = _paper(scan, rng)
+        (folder / image).write_bytes(png(paper))
+        rows.append({"image": image, "label": int(labels[place]), "scale": scale})
     _write_json(folder / f"digits_{name}.json", rows)
 
 
-def _paper(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scan uint8[8, 8], its size once, twice or thrice, on white paper uint8[24, 24], on `scenes.scene`'s grid."""
-    paper, side = np.full((scenes.SIZE, scenes.SIZE), 255, np.uint8), scenes.SCAN * int(rng.choice(SCALES))
+def _paper(scan: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """A scan uint8[8, 8] on white paper uint8[24, 24], on `scenes.scene`'s grid, and how many times its size."""
+    scale = int(rng.choice(SCALES))
+    paper, side = np.full((scenes.SIZE, scenes.SIZE), 255, np.uint8), scenes.SCAN * scale
     drawn = np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC))
     row, column = scenes.STEP * rng.integers(0, (scenes.SIZE - side) // scenes.STEP + 1, 2)
     paper[row : row + side, column : column + side] = drawn
-    return paper
+    return paper, scale
 
 
 def _texts(folder: Path, name: str) -> list[str]:
