@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from vlm.data.ledger import FatalDataError
-from vlm.data.teacher_cache import TeacherCache, WithPatchLabels, WithTarget, decode, encode, sentence_key, write_cache
+from vlm.data.teacher_cache import (
+    TeacherCache,
+    WithPatchLabels,
+    WithTarget,
+    decode,
+    encode,
+    picture_key,
+    sentence_key,
+    write_cache,
+)
 from vlm.errors import UserError
 
 SENTENCES = [f"sentence {i}" for i in range(100)]
@@ -47,7 +56,7 @@ def test_repeated_sentences_are_stored_once(tmp_path):
 
 
 def test_a_missing_sentence_is_named(cache):
-    with pytest.raises(FatalDataError, match="has no embedding of 'sentence 100'"):
+    with pytest.raises(FatalDataError, match="no embedding of 'sentence 100'"):
         TeacherCache(cache).lookup(["sentence 1", "sentence 100"])
 
 
@@ -106,13 +115,13 @@ def test_manifest_decides(cache):
     manifest = json.loads((cache / "manifest.json").read_text())
     for key, value in (("dim", 5), ("count", 99), ("format_version", 2), ("dtype", "float8"), ("shards", [])):
         (cache / "manifest.json").write_text(json.dumps({**manifest, key: value}))
-        with pytest.raises(UserError, match="expected float16\\[30, 5\\]|not a teacher cache"):
+        with pytest.raises(UserError, match="expected float16\\[30, 5\\]|no cache of embeddings"):
             TeacherCache(cache)
     for text in ("{", "[]", '{"dim": 1}'):
         (cache / "manifest.json").write_text(text)
-        with pytest.raises(UserError, match="not a teacher cache"):
+        with pytest.raises(UserError, match="no cache of embeddings"):
             TeacherCache(cache)
-    with pytest.raises(UserError, match="not a teacher cache"):
+    with pytest.raises(UserError, match="no cache of embeddings"):
         TeacherCache(cache / "nowhere")
 
 
@@ -152,7 +161,7 @@ def test_whole_numbers_by_encoded_picture(tmp_path):
     cache = pickle.loads(pickle.dumps(TeacherCache(tmp_path / "c", verify=True)))
     assert cache[b"b"].dtype == np.int32
     np.testing.assert_array_equal(cache.lookup(pictures), words)
-    with pytest.raises(FatalDataError, match="has no embedding of picture of 3 bytes"):
+    with pytest.raises(FatalDataError, match="no row of picture of 3 bytes"):
         cache[b"abc"]
     for wrong in (-1, 65_536, 0.5):
         with pytest.raises(UserError, match="whole numbers from 0 to 65535"):
@@ -175,3 +184,19 @@ def test_visual_words_stay_below_their_number(tmp_path):
     assert TeacherCache(tmp_path / "c").vocab_size == 8
     with pytest.raises(UserError, match="visual words: expected numbers below 7, found 7"):
         write_cache(tmp_path / "d", [(["a", "b"], words)], teacher="codebook:x", dtype="uint16", vocab_size=7)
+
+
+def test_errors_about_visual_words_do_not_speak_of_a_teacher(tmp_path):
+    def error(path, batches):
+        with pytest.raises(UserError) as raised:
+            write_cache(path, batches, teacher="codebook:x", dtype="uint16")
+        return str(raised.value)
+
+    assert error(tmp_path / "c", []) == "visual words: no pictures"
+    assert error(tmp_path / "c", [([b"a"], np.zeros((2, 3)))]) == "visual words: 1 pictures but rows [2, 3]"
+    assert error(tmp_path / "c", [([b"a"], np.full((1, 1), 1e6))]).startswith("visual words: expected whole numbers")
+    write_cache(tmp_path / "c", [([picture_key(b"a")], np.zeros((1, 1)))], teacher="codebook:x", dtype="uint16")
+    cache = TeacherCache(tmp_path / "c")
+    assert cache[b"a"].tolist() == cache[picture_key(b"a")].tolist() == [0]
+    with pytest.raises(UserError, match="^visual words .*c: no row of picture of 1 bytes$"):
+        cache[b"b"]

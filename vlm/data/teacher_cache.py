@@ -29,6 +29,11 @@ _FORMAT = 1
 Batches = Iterable[tuple[Sequence[str] | Sequence[bytes], Num[np.ndarray, "b dim"]]]
 
 
+def _terms(dtype: str) -> tuple[str, str, str]:
+    """What errors call a cache, its items, and a row."""
+    return ("visual words", "pictures", "row") if dtype == "uint16" else ("teacher cache", "sentences", "embedding")
+
+
 def normalise(sentence: str) -> str:
     """Returns what is hashed: Unicode NFC, runs of white space as one space, none at the ends. Case counts."""
     return " ".join(unicodedata.normalize("NFC", sentence).split())
@@ -87,13 +92,13 @@ def write_cache(
 
     Raises:
         UserError: the folder is there already, an unknown dtype, shapes that do not fit, values that are not finite
-            (in `dtype`) or not below `vocab_size`, or no sentence at all.
+            (in `dtype`) or not below `vocab_size`, or no item at all.
     """
     path = pathlib.Path(path)
     if path.exists():
         raise UserError(f"{path}: already there")
     if dtype not in _DTYPES:
-        raise UserError(f"teacher cache dtype {dtype!r}{did_you_mean(dtype, _DTYPES)}")
+        raise UserError(f"cache dtype {dtype!r}{did_you_mean(dtype, _DTYPES)}")
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -121,18 +126,19 @@ class _Writer:
         return _key(item) in self._known
 
     def add(self, sentences: Sequence[str] | Sequence[bytes], embeddings: np.ndarray) -> None:
+        cache, items, row = _terms(self._dtype)
         if embeddings.ndim != 2 or len(embeddings) != len(sentences):
-            raise UserError(f"teacher cache: {len(sentences)} sentences but embeddings {list(embeddings.shape)}")
+            raise UserError(f"{cache}: {len(sentences)} {items} but {row}s {list(embeddings.shape)}")
         self._dim = embeddings.shape[1] if self._dim is None else self._dim
         if embeddings.shape[1] != self._dim:
-            raise UserError(f"teacher cache: embeddings of {embeddings.shape[1]} numbers after {self._dim}")
+            raise UserError(f"{cache}: {row}s of {embeddings.shape[1]} numbers after {self._dim}")
         if self._vocab_size is not None and embeddings.size and embeddings.max() >= self._vocab_size:
             raise UserError(f"visual words: expected numbers below {self._vocab_size}, found {embeddings.max()}")
         stored = encode(embeddings, self._dtype)
         finite = np.isfinite(decode(stored, self._dtype)).all(axis=1)
         if not finite.all():
             sentence = sentences[int(np.flatnonzero(~finite)[0])]
-            raise UserError(f"teacher cache: embedding of {_shown(sentence)} is not finite in {self._dtype}")
+            raise UserError(f"{cache}: {row} of {_shown(sentence)} is not finite in {self._dtype}")
         for sentence, row in zip(sentences, stored, strict=True):
             key = _key(sentence)
             if key not in self._known:
@@ -149,7 +155,7 @@ class _Writer:
 
     def finish(self, teacher: str) -> int:
         if not self._known:
-            raise UserError("teacher cache: no sentences")
+            raise UserError("{}: no {}".format(*_terms(self._dtype)))
         if self._pending:
             self._flush()
         keys = np.frombuffer(b"".join(self._known), ">u8").reshape(-1, 2).astype(np.uint64)
@@ -185,7 +191,7 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
         UserError: a number that uint16 does not hold.
     """
     if dtype == "uint16" and not np.array_equal(values, values.astype(np.uint16)):
-        raise UserError("teacher cache: expected whole numbers from 0 to 65535")
+        raise UserError("visual words: expected whole numbers from 0 to 65535")
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return values.astype(_DTYPES[dtype])
@@ -239,9 +245,9 @@ class TeacherCache:
             sizes = [(str(entry["file"]), int(entry["bytes"]), str(entry["sha256"])) for entry in entries]
             ends = np.cumsum([int(shard["rows"]) for shard in manifest.shards])
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.path}: not a teacher cache ({error})") from None
+            raise UserError(f"{self.path}: no cache of embeddings or visual words ({error})") from None
         if manifest.format_version != _FORMAT or manifest.dtype not in _DTYPES or [*ends[-1:]] != [manifest.count]:
-            raise UserError(f"{self.path}: not a teacher cache of format {_FORMAT}")
+            raise UserError(f"{self.path}: no cache of embeddings or visual words of format {_FORMAT}")
         if teacher is not None and teacher != manifest.teacher:
             raise UserError(f"{self.path}: made by teacher {manifest.teacher}, expected {teacher}")
         self.vocab_size = manifest.vocab_size
@@ -298,7 +304,8 @@ class TeacherCache:
                 first = int(self._ends[shard - 1]) if shard else 0
                 return decode(self._shards[shard][row - first], self._dtype)
             place += 1
-        raise FatalDataError(f"teacher cache {self.path} has no embedding of {_shown(item)}")
+        cache, _, row = _terms(self._dtype)
+        raise FatalDataError(f"{cache} {self.path}: no {row} of {_shown(item)}")
 
     def lookup(self, sentences: Sequence[str] | Sequence[bytes]) -> Num[np.ndarray, "b dim"]:
         """Returns the rows of several sentences or pictures; raises UserError naming the first that is missing."""

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from vlm.data.masking import IGNORE
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.feed import Feed
 from vlm.generation import Prepared, prepare
 from vlm.generation.generate import bucket, prefill
 from vlm.losses import token_losses
-
-IGNORE = -100
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm.data.masking import IGNORE
 from vlm.family import Batch, Extra, Metrics, Params
 from vlm.losses import cross_entropy, token_losses
 from vlm.models.blip.momentum import alpha, apply, update_teacher, with_teacher
@@ -38,7 +39,7 @@ def vqa(model: Any, params: Params, extra: Extra, batch: Batch, rng: jax.Array, 
     read = apply(model, params, question_rng, model.encode_multimodal, *question, states).last_hidden_state
     answers, mask = batch["answer_tokens"], batch["answer_mask"]
     logits = apply(model, params, answer_rng, model.decode_logits, answers, mask, read, question[1])
-    targets = jnp.where(mask, answers, -100)[..., 1:]
+    targets = jnp.where(mask, answers, IGNORE)[..., 1:]
     losses = token_losses(logits[..., :-1, :], targets, label_smoothing=config.label_smoothing).sum(axis=-1)
     value = jnp.sum(losses * batch["answer_weights"]) / len(losses)
     return value, ({"lm": value}, extra)

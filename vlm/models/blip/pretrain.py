@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm.data.masking import IGNORE
 from vlm.family import Batch, Extra, Metrics, Params
 from vlm.losses import cross_entropy
 from vlm.models.blip.matching import itm
@@ -41,6 +42,6 @@ def pretrain(
 
     tokens, mask = batch["tokens"], batch["mask"]
     logits = apply(model, params, lm_rng, model.decode_logits, tokens, mask, states)
-    targets = jnp.where(mask, tokens, -100)[:, 1:]
+    targets = jnp.where(mask, tokens, IGNORE)[:, 1:]
     lm_value = cross_entropy(logits[:, :-1], targets, label_smoothing=config.label_smoothing)
     return itc_value + itm_value + lm_value, ({**terms, **itm_terms, "lm": lm_value}, extra)
