@@ -3,11 +3,26 @@
     python -m vlm.demo flava                      prepares the data, trains, compares with random weights
 
     pairs   70 %   scenes of two digits with their captions             contrastive, mmm_image, mmm_text, itm
-    images  15 %   single digits, somewhere on the paper                mim
+    images  15 %   single digits, small or large                mim
     text    15 %   captions, questions with their answers               mlm
 
 Visual words are the k-means clusters of the training pictures' patches, computed beforehand (`data.codebook_cache`).
 `configs/flava_digits.py:digits,FOLDER` reads from FOLDER instead of demo_output.
+
+Expected on scans that training has not seen, beside the random weights that training starts from; 'frequencies' is the
+loss of a model that only knows how often each label occurs. One seed, about nine CPU minutes in all.
+
+| loss        | ln of choices | frequencies | random | trained |  | metric                          | random | trained |
+|-------------|---------------|-------------|--------|---------|--|---------------------------------|--------|---------|
+| contrastive | 4.16          |             | 4.17   | 1.67    |  | linear probe: left digit        | 49.8 % | 50.0 %  |
+| itm         | 0.69          | 0.55        | 0.71   | 0.43    |  | linear probe: larger digit      | 65.6 % | 72.8 %  |
+| mmm_image   | 4.16          | 1.45        | 4.24   | 1.34    |  | linear probe: single digits     | 64.7 % | 67.6 %  |
+| mmm_text    | 3.83          | 2.43        | 3.83   | 0.37    |  | itm, half of the captions wrong | 50.0 % | 84.2 %  |
+| mim         | 4.16          | 2.36        | 4.22   | 1.89    |  | text-to-image recall@1          | 1.4 %  | 47.4 %  |
+| mlm         | 3.83          | 2.95        | 3.84   | 0.35    |  | image-to-text recall@1          | 0.8 %  | 32.6 %  |
+
+The left digit is read no better than before training: 1,500 steps are few. With text and fusion kernels of N(0, 0.02)
+the contrastive loss was still at ln 64 after 150 steps, where it has left it with `init_std`.
 """
 
 from ml_collections import ConfigDict
