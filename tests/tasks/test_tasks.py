@@ -214,6 +214,10 @@ def test_training_configurations_fit_the_checkpoint(data, config, tiny_flava, tm
     assert made.processor["image"]["size"] == 32 and model.vision.image_size == 24  # positions are interpolated
     assert made.processor["answers"] == str(answers) and made.processor["num_answers"] == 3
     assert made.processor["patch_size"] == 8
+    task = settings.tasks["mnli"]
+    wider = dataclasses.replace(task, changes={**task.changes, "model": {"classifier": {"num_labels": 5}}})
+    made = build(Config, fitted(wider, opened, tmp_path / "model", config.parent, str(data), None), "")
+    assert made.processor["num_labels"] == experiment(made).model.config.classifier.num_labels == 5
     blip = dataclasses.replace(opened, family=get_family("blip"))
     with pytest.raises(UserError, match="trains flava, the checkpoint is blip"):
         fitted(settings.tasks["rte"], blip, tmp_path, config.parent, str(data), None)

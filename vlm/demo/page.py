@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm.data.masking import IGNORE
 from vlm.demo.held_out import HeldOut
 from vlm.evaluation import html
 
 SHOWN = 10
 GREY = 128
-NEVER = -100
 TITLE = "FLAVA on handwritten digits"
 WORDS = (
     "From the left: the picture with the hidden patches grey, the guessed visual words painted in as the mean patch of "
@@ -72,7 +72,7 @@ def _sentence(processor: Any, batch: dict[str, np.ndarray], guessed: np.ndarray,
     words = []
     for column in np.flatnonzero(batch["mask"][row])[1:-1]:
         label, guess = batch["token_labels"][row, column], guessed[row, column]
-        if label == NEVER:
+        if label == IGNORE:
             words.append(word(batch["tokens"][row, column]))
         else:
             mark = f'<b class="mark {"good" if label == guess else "bad"}">[{word(guess)}]</b>'
