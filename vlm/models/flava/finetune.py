@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm.data.masking import IGNORE
 from vlm.errors import UserError
 from vlm.family import Batch, Metrics, Params
 from vlm.losses import cross_entropy, mean_squared_error
@@ -43,7 +44,7 @@ def outputs(model: Any, params: Params, batch: Batch, rng: jax.Array, labels: st
 def classification(model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any) -> tuple[Any, Metrics]:
     """Cross-entropy of one class per example; a negative label is left out."""
     scores, labels = outputs(model, params, batch, rng, "labels", config)
-    labels = jnp.where(labels < 0, -100, labels)
+    labels = jnp.where(labels < 0, IGNORE, labels)
     value = cross_entropy(scores, labels)
     right = jnp.where(labels >= 0, scores.argmax(-1) == labels, False).sum()
     return value, {"cross_entropy": value, "accuracy": right / jnp.maximum((labels >= 0).sum(), 1)}

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from vlm.data.masking import IGNORE
 from vlm.encoders.output import EncoderOutput
 from vlm.errors import UserError
 from vlm.family import Batch, Metrics, Params
@@ -30,8 +31,6 @@ from vlm.losses import contrastive, token_losses
 
 LOSSES = {"images": ("mim",), "texts": ("mlm",), "pairs": ("mmm_image", "mmm_text", "itm", "contrastive")}
 """The six losses, by the batches that have them; a loss setting of the same name weights each."""
-IGNORE = -100
-"""Label of a token that is not predicted."""
 
 
 def pretrain(model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any) -> tuple[Any, Metrics]:
