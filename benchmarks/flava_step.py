@@ -1,13 +1,14 @@
 """FLAVA's training step on pairs (ViT-B/16, BERT base, 6 fusion layers) against Hugging Face: all six parts, AdamW.
 
-    python -m benchmarks.flava_step [--batch=8] [--words=12.1] [--rounds=5] [--labels=live]
+    python -m benchmarks.flava_step [--batch=8] [--words=12.1] [--rounds=5] [--labels=live] [--lengths=16,24,32,48]
 
 Both start from the same random weights, get the same arrays and train everything but the codebook in float32,
 alternating in one process; the first losses are compared and printed. Ours is the step that train.py runs
-(`vlm.training.make_train_step`: non-finite guard, norms, metrics) as configs/flava.py sets it: heads on gathered
-positions, texts cut to the shortest of `--lengths` that holds the batch. Theirs is `FlavaForPreTraining`, `backward`
-and fused `torch.optim.AdamW` on rows padded to 77, as its processor makes them. Texts have 12.1 words on average, as
-the published pretraining data. `--labels=precomputed` leaves the codebook out of both.
+(`vlm.training.make_train_step`: non-finite guard, norms, metrics) with the loss of configs/flava.py:full: heads on
+gathered positions. `--lengths` are `train.text_lengths`, for batches small enough that no text is long: the step then
+cuts the padding that the batch does not need. Theirs is `FlavaForPreTraining`, `backward` and fused
+`torch.optim.AdamW` on rows padded to 77, as its processor makes them. Texts have 12.1 words on average, as the
+published pretraining data. `--labels=precomputed` leaves the codebook out of both.
 Prints medians and the ratio of the medians (> 1: ours is faster) as one JSON line. Run it on an otherwise idle machine.
 """
 
@@ -17,6 +18,7 @@ import argparse
 import functools
 import os
 import time
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -26,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import alternate, report
+from configs import flava
 from vlm import schema
 from vlm.convert.views import from_array
 from vlm.data.block_masking import BlockSettings, block_mask
@@ -34,8 +37,9 @@ from vlm.models.flava import weights
 from vlm.models.flava.loss import LossConfig, loss
 from vlm.models.flava.model import FLAVA
 from vlm.optimizer import make_optimizer
+from vlm.strict import build
 from vlm.training import StateInit, make_train_step
-from vlm.tree import unflatten
+from vlm.tree import flatten, unflatten
 
 
 def make_batch(rows: int, words: float, labels: str) -> dict[str, np.ndarray]:
@@ -98,32 +102,30 @@ def their_step(model, batch: dict[str, np.ndarray]):
     return run
 
 
-def our_step(theirs, batch: dict[str, np.ndarray], lengths: tuple[int, ...], most: int, options: dict[str, str]):
+def our_step(theirs, batch: dict[str, np.ndarray], lengths: tuple[int, ...], full: Any):
     """The same from the same weights."""
     views = {name: from_array(value.detach().numpy()) for name, value in theirs.state_dict().items()}
 
     def shapes(config):
         arrays = {"image": jnp.zeros((1, 224, 224, 3)), "tokens": jnp.zeros((1, 2), jnp.int32)}
         tree = jax.eval_shape(lambda key: FLAVA(config).init(key, **arrays)["params"], jax.random.key(0))
-        return flat(nn.unbox(tree))
-
-    from vlm.tree import flatten as flat
+        return flatten(nn.unbox(tree))
 
     read = weights.read(views, theirs.config.to_dict(), source="benchmark", shapes=shapes)
     model = FLAVA(read.config)
     params = {path: np.array(view.read(())) for path, view in read.params.items()}
-    locked = LossConfig().locked
+    config = build(LossConfig, full.loss, "loss")
     constant = schema.ScheduleConfig("constant")
-    groups = ((rf"{locked}", schema.GroupConfig(freeze=True)), (".*", schema.GroupConfig()))
+    groups = ((config.locked, schema.GroupConfig(freeze=True)), (".*", schema.GroupConfig()))
     optimizer = make_optimizer(
         schema.OptimizerConfig(lr=1e-5, schedule=constant, weight_decay=0.01, groups=groups), list(params), 1000
     )
     start = StateInit(lambda key: {}, lambda params, key: {}, optimizer)
     state = start.finish(unflatten({path: jnp.asarray(value) for path, value in params.items()}), {})
-    objective = functools.partial(loss, model, config=LossConfig(max_masked_tokens=most))
+    objective = functools.partial(loss, model, config=config)
     step = make_train_step(objective, optimizer, seed=0, text_lengths=lengths)
     arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-    compiled = jax.jit(step, donate_argnums=0).lower(state, arrays).compile(compiler_options=options)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, arrays).compile()
 
     def run() -> float:
         nonlocal state
@@ -140,8 +142,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--words", type=float, default=12.1, help="mean words of a text")
     parser.add_argument("--labels", choices=("live", "precomputed"), default="live")
-    parser.add_argument("--lengths", default="16,24,32,48", help="lengths that the step is compiled for; '': only 77")
-    parser.add_argument("--most", type=int, default=12, help="most hidden tokens of a text")
+    parser.add_argument("--lengths", default="", help="lengths that the step is compiled for besides 77")
     parser.add_argument("--only", choices=("vlm", "transformers"), help="run one of them alone")
     options = parser.parse_args()
     if options.only == "vlm":
@@ -151,7 +152,7 @@ def main() -> None:
     theirs = their_model()
     contenders = {}
     if options.only != "transformers":
-        contenders["vlm"] = our_step(theirs, batch, lengths, options.most, {})
+        contenders["vlm"] = our_step(theirs, batch, lengths, flava.get_config("full"))
     if options.only != "vlm":
         contenders["transformers"] = their_step(theirs, batch)
     del theirs
