@@ -99,7 +99,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         # The step, compiled for the first batch of every structure; then the loop.
         start = int(state.step)
         batches = stack.enter_context(loader.iterate(start))
-        feed = device_batches(batches, split, settings.data.batch_size)
+        feed = device_batches(batches, split, settings.data.batch_size, settings.train.text_lengths)
         if start >= settings.train.steps:
             return 0
         steps = Steps(settings, parts, split)
@@ -154,15 +154,22 @@ def begin(
     return state
 
 
-def device_batches(batches: Iterator[Any], split: Any, batch_size: int) -> Iterator[tuple[Any, float, float]]:
+def device_batches(
+    batches: Iterator[Any], split: Any, batch_size: int, text_lengths: Sequence[int]
+) -> Iterator[tuple[Any, float, float]]:
     """(batch on the devices, its real tokens, seconds waited for it); copies run beside the step before."""
+    import jax
+
     from vlm.sharding import put_batch
+    from vlm.training import shortest_text
 
     while True:
         began = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - began
         tokens = float(batch["mask"].sum()) * batch_size / len(batch["mask"]) if "mask" in batch else 0.0
+        if jax.process_count() == 1:  # several hosts choose a length in the step
+            batch = shortest_text(batch, text_lengths)
         yield put_batch(batch, split, batch_size), tokens, waited
 
 

@@ -17,7 +17,7 @@ from vlm.flops import StepFlops
 from vlm.layers.linear import Linear, constrain, partitioned
 from vlm.optimizer import make_optimizer
 from vlm.schema import GroupConfig, MeshConfig, OptimizerConfig, ScheduleConfig, ShardingConfig
-from vlm.training import StateInit, _accumulate, init_state, make_train_step, trace_step
+from vlm.training import StateInit, _accumulate, init_state, make_train_step, shortest_text, trace_step
 from vlm.tree import flatten
 
 BATCH, WIDTH = 16, 8
@@ -319,3 +319,16 @@ def test_step_flops_of_cut_rows():
     flops = StepFlops(100.0, (4, 12, 20), (20.0, 60.0, 100.0))
     assert flops.of({"text_length": 12.0}) == 60 and flops.of({"text_length": 8.0}) == 40
     assert flops.of({}) == StepFlops(100.0).of({"text_length": 4.0}) == 100
+
+
+def test_one_host_cuts_its_own_batches():
+    mask = np.arange(20)[None] < np.array([[3], [5], [0]])
+    batch = {"tokens": np.ones((3, 20)), "mask": mask, "labels": np.zeros(3), "teacher_tokens": np.ones((3, 20))}
+    for longest, size in ((5, 6), (6, 6), (7, 20), (20, 20)):
+        batch["mask"][0] = np.arange(20) < longest
+        cut = shortest_text(batch, (6, 4, 30))
+        assert cut["tokens"].shape == cut["mask"].shape == (3, size) and cut["teacher_tokens"].shape == (3, 20)
+        assert cut["labels"].shape == (3,)
+    assert shortest_text(batch, ()) is batch and shortest_text({"image": mask}, (4,)) == {"image": mask}
+    batch["mask"][:] = False
+    assert shortest_text(batch, (4,))["mask"].shape == (3, 4)

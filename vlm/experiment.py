@@ -206,20 +206,21 @@ def compile_step(
 ) -> tuple[Any, flops.StepFlops]:
     """Compiles the training step for this state and batch; also returns its model FLOPs."""
     train, accumulation = settings.train, settings.optimizer.accumulation_steps
+    lengths = train.text_lengths if jax.process_count() > 1 else ()  # one host has cut its batch already
 
     def trace(parts: Experiment, batch: Any, lengths: tuple[int, ...] = ()) -> Any:
         step = make_train_step(parts.loss, parts.optimizer, train.seed, accumulation, lengths)
         return trace_step(step, state, batch, split)
 
-    traced = trace(parts, batch, train.text_lengths)
+    traced = trace(parts, batch, lengths)
     plain = parts if settings.remat == "none" else experiment(settings, remat="none")
     compiled = traced.lower().compile(compiler_options=compiler_options)
-    if not train.text_lengths or "mask" not in batch:
+    if not lengths or "mask" not in batch:
         return compiled, flops.StepFlops(flops.count_flops((traced if plain is parts else trace(plain, batch)).jaxpr))
-    lengths, shapes = text_sizes(batch, train.text_lengths), jax.eval_shape(dict, batch)
-    cut = [jax.eval_shape(lambda batch, length=length: cut_text(batch, length), shapes) for length in lengths]
+    sizes, shapes = text_sizes(batch, lengths), jax.eval_shape(dict, batch)
+    cut = [jax.eval_shape(lambda batch, size=size: cut_text(batch, size), shapes) for size in sizes]
     counts = [flops.count_flops(trace(plain, batch).jaxpr) for batch in cut]
-    return compiled, flops.StepFlops(counts[-1], tuple(lengths), tuple(counts))
+    return compiled, flops.StepFlops(counts[-1], tuple(sizes), tuple(counts))
 
 
 @contextlib.contextmanager

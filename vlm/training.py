@@ -178,7 +178,8 @@ def make_train_step(
     micro-batch's candidates.
 
     With `text_lengths`, padding that no row of the global (micro-)batch needs is cut off before anything is computed:
-    the step holds a program for each of these lengths, and all devices run the shortest that every text fits in.
+    the step holds a program for each of these lengths, and all devices run the shortest that every text fits in. That
+    is for several hosts, none of which knows all rows; one host cuts its batches itself (`shortest_text`).
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -226,7 +227,7 @@ TEXT_KEYS = ("tokens", "mask", "token_types", "positions", "masked_tokens", "tok
 """What has a column for every token of `tokens`, if its shape says so."""
 
 
-def cut_text(batch: Batch, length: int) -> dict[str, Any]:
+def cut_text(batch: Mapping[str, Any], length: int) -> dict[str, Any]:
     """The batch with the first `length` columns of its texts."""
     whole = batch["mask"].shape[:2]
     return {
@@ -239,6 +240,15 @@ def text_sizes(batch: Mapping[str, Any], lengths: Sequence[int]) -> list[int]:
     """The lengths that the step of such a batch is compiled for, ascending; the last is the whole row."""
     whole = batch["mask"].shape[1]
     return sorted({length for length in lengths if length < whole} | {whole})
+
+
+def shortest_text(batch: Mapping[str, Any], lengths: Sequence[int]) -> Mapping[str, Any]:
+    """The batch (NumPy arrays) cut to the shortest of `lengths` that holds its texts; of one host that has all rows."""
+    if not lengths or "mask" not in batch:
+        return batch
+    columns = np.flatnonzero(np.asarray(batch["mask"]).any(axis=0))
+    longest = int(columns[-1]) + 1 if len(columns) else 1
+    return cut_text(batch, next(size for size in text_sizes(batch, lengths) if size >= longest))
 
 
 def _by_length(gradient: Callable[..., Any], lengths: Sequence[int]) -> Callable[..., Any]:
