@@ -104,10 +104,14 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
             return 0
         steps = Steps(settings, parts, split)
 
+        shown: set[frozenset[str]] = set()
+
         def prepare(number: int, state: Any, batch: Any) -> Any:
-            if "image" in batch:
+            """Compiles the step for such batches, and keeps pictures of the first with these arrays; its FLOPs."""
+            if "image" in batch and frozenset(batch) not in shown:
                 images = batch["image"].addressable_data(0)  # of this host
                 from_primary(lambda: str(folder.save_samples(workdir, images, number, settings.train.sample_images)))
+            shown.add(frozenset(batch))
             return steps(state, batch)[1]
 
         first = next(feed)
@@ -192,10 +196,11 @@ def loop(
     due = lambda number, every: bool(every) and (number % every == 0 or number == last)  # noqa: E731
     for number in range(first, last + 1):
         batch, tokens, waited = item
-        if batch not in steps:  # the first of another stream
+        if batch not in steps:  # the first of another stream, or of another length of text
             with report.paused():
                 flops = prepare(number - 1, state, batch)
-                report.say(f"batches of {', '.join(sorted(batch))}: {flops.whole / 1e9:.4g} GFLOP per step")
+                shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in sorted(batch.items()))
+                report.say(f"batches of {shapes}: {flops.whole / 1e9:.4g} GFLOP per step")
         step, flops = steps(state, batch)
         state, metrics = step(state, batch)
         report.dispatched(number, metrics, tokens, waited, flops)

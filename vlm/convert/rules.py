@@ -6,10 +6,11 @@ parameter is filled exactly once and that all shapes agree, and reports all prob
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,20 @@ def prefixed(rules: Iterable[Rule], foreign: str, ours: str) -> list[Rule]:
         )
 
     return [rename(rule) for rule in rules]
+
+
+@contextlib.contextmanager
+def sizes_from(tensors: Mapping[str, TensorView], rules: Sequence[Rule], source: str) -> Iterator[None]:
+    """For code that reads an architecture off tensors: the first that is missing becomes a report of all problems.
+
+    Raises:
+        UserError: inside, a parameter's path was looked up that no tensor fills.
+    """
+    try:
+        yield
+    except KeyError as error:
+        import_tensors(tensors, rules, None, source=source)  # raises, unless all that is there is in order
+        raise UserError(f"{source}: missing {error.args[0]}, without which sizes are unknown") from None
 
 
 def import_tensors(

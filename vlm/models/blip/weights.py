@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm.convert.blocks import HF_BLIP, TIMM, bert, fused_vit, hf_vit, linear, norm
 from vlm.convert.layouts import Imported, Layout, detect
-from vlm.convert.rules import Rule, equal, export_tensors, import_tensors, prefixed
+from vlm.convert.rules import Rule, equal, export_tensors, import_tensors, prefixed, sizes_from
 from vlm.convert.transforms import INT32, SCALAR, TRANSPOSE, leading_ones, then
 from vlm.convert.views import TensorView
 from vlm.errors import UserError
@@ -257,13 +257,9 @@ def read(
         raise UserError(f"{where}: tie_word_embeddings is false, but {_HEAD}.decoder.weight is missing")
     rules = _table(name, *_own_head(tensors, notes), nlvr=_merged(tensors))
     views = import_tensors(tensors, rules, None, source=where, partial=True)
-    try:
-        built = architecture(
-            config if hf or name.startswith(("BERT", "ViT")) else None, views, notes, hf=hf, overrides=overrides or {}
-        )
-    except KeyError as error:
-        import_tensors(tensors, rules, None, source=where)  # raises, unless all that is there is in order
-        raise UserError(f"{where}: missing {error.args[0]}, without which sizes are unknown") from None
+    given = config if hf or name.startswith(("BERT", "ViT")) else None
+    with sizes_from(tensors, rules, where):
+        built = architecture(given, views, notes, hf=hf, overrides=overrides or {})
     target = dict(shapes(built))
     target |= _extra_shapes(views, target, built)
     found = import_tensors(tensors, rules, target, source=where)

@@ -236,6 +236,5 @@ def _interleave(arrays: list[Any]) -> jax.Array:
 
 def _separate(output: EncoderOutput, count: int) -> list[EncoderOutput]:
     """The outputs of each of `count` interleaved batches."""
-    if count == 1:
-        return [output]
-    return [jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, i], output) for i in range(count)]  # noqa: B023
+    rows = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), output)
+    return [jax.tree.map(lambda x, i=i: x[:, i], rows) for i in range(count)]

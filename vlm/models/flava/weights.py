@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from vlm.convert.layouts import Imported, detect
-from vlm.convert.rules import export_tensors, import_tensors
+from vlm.convert.rules import export_tensors, import_tensors, sizes_from
 from vlm.convert.views import TensorView, cast, from_array
 from vlm.errors import UserError
 from vlm.models.flava import layouts
@@ -69,14 +69,12 @@ def read(
     views = import_tensors(tensors, rules, None, source=where, partial=True)
     given = config if "Hugging Face" in layout else None
     try:
-        built = architecture(given, views, notes, layout=layout, overrides=overrides or {})
+        with sizes_from(tensors, rules, where):
+            built = architecture(given, views, notes, layout=layout, overrides=overrides or {})
         target = shapes(built)
         absent = {path for path in ("logit_scale",) if path in target and path not in views}
         needed = {path: leaf for path, leaf in target.items() if path not in absent}
         params = import_tensors(tensors, rules, needed, source=where)
-    except KeyError as error:
-        import_tensors(tensors, rules, None, source=where)  # raises, unless all that is there is in order
-        raise UserError(f"{where}: missing {error.args[0]}, without which sizes are unknown") from None
     except UserError as error:  # values that an old configuration reverts are the likely cause
         raise UserError("; ".join([str(error), *(note for note in notes if note.startswith("warning"))])) from None
     for path in absent:
