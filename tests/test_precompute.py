@@ -14,6 +14,7 @@ import train
 import vlm
 from vlm import dry_run, precompute
 from vlm.config import build, parse_config_flag
+from vlm.data.cache_parts import CacheParts
 from vlm.data.ledger import FatalDataError
 from vlm.data.teacher_cache import TeacherCache, write_cache
 from vlm.errors import UserError
@@ -21,6 +22,8 @@ from vlm.experiment import experiment, make_loader, make_processor, open_data
 from vlm.models import get_family
 from vlm.models.altclip import AltCLIP, AltCLIPConfig, example
 from vlm.models.flava import FLAVA, FLAVAConfig
+from vlm.precompute.running import computed
+from vlm.precompute.words import pictures, training_flags
 from vlm.schema import Config
 from vlm.sharding import make_mesh
 
@@ -62,7 +65,7 @@ def _loss(variant, folder, extra, **changes):
 
 def test_cached_and_live_teacher_give_the_same_loss(folder, capsys):
     config = f"--config={CONFIG}:tiny_teacher,{folder}"
-    assert precompute.main([config, f"--output={folder / 'cache'}", "--dtype=float32", "--batch_size=100"]) == 0
+    assert precompute.main([config, f"--output={folder / 'cache'}", "--dtype=float32", "--batch_size=13"]) == 0
     cache = TeacherCache(folder / "cache", verify=True)
     assert f"{len(cache)} sentences" in capsys.readouterr().out
     _, params, _ = vlm.load(folder / "clip")
@@ -75,7 +78,7 @@ def test_cached_and_live_teacher_give_the_same_loss(folder, capsys):
     assert f"target  64x{cache.dim}  float32" in re.sub(" +", "  ", from_data)
     assert live > 0.1 and "teacher_tokens" in live_keys and cached_keys == {"tokens", "mask", "target"}
     np.testing.assert_allclose(cached, live, rtol=1e-6)
-    assert precompute.main([config, f"--output={folder / 'half'}", "--dtype=float16"]) == 0
+    assert precompute.main([config, f"--output={folder / 'half'}", "--dtype=float16", "--batch_size=16"]) == 0
     half = TeacherCache(folder / "half")
     assert (half.teacher, half.dim, len(half)) == (cache.teacher, cache.dim, len(cache))
 
@@ -165,6 +168,40 @@ def test_cached_visual_words_are_the_codebooks(scenes, capsys):
     assert live.fingerprint != cached.fingerprint
 
 
+def _content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_stop_changes_no_byte(scenes, tmp_path, monkeypatch, capsys):
+    """Three parts of three records: in one go; stopped after the first and gone on with."""
+    _, flags, _, _ = scenes
+    flags = [*flags, "--config.processor.augment=None", "--batch_size=2", "--part_size=3"]
+    assert precompute.main([*flags, f"--output={tmp_path / 'whole'}"]) == 0
+    expected, written, write = _content(tmp_path / "whole"), [], CacheParts.write
+
+    def killed(self, number, *more):
+        if number == 1:
+            raise KeyboardInterrupt
+        write(self, number, *more)
+
+    def counted(self, number, *more):
+        written.append(number)
+        write(self, number, *more)
+
+    monkeypatch.setattr(CacheParts, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        precompute.main([*flags, f"--output={tmp_path / 'one'}"])
+    assert not (tmp_path / "one").exists()
+    monkeypatch.setattr(CacheParts, "write", counted)
+    with pytest.raises(SystemExit):
+        precompute.main([*flags, f"--output={tmp_path / 'one'}", "--batch_size=4"])
+    assert "one.parts: begun with other batch_size" in capsys.readouterr().err
+    assert precompute.main([*flags, f"--output={tmp_path / 'one'}"]) == 0
+    assert written == [1, 2] and _content(tmp_path / "one") == expected
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "whole"]
+
+
 def test_visual_words_are_refused_where_they_would_be_wrong(scenes, tmp_path, capsys):
     folder, flags, _, _ = scenes
     output = f"--output={tmp_path / 'words'}"
@@ -212,9 +249,9 @@ def test_dry_run_shows_visual_words(scenes, data, tmp_path):
 def test_training_needs_no_codebook_where_its_words_are_cached():
     whole = "--config.init=({'path': 'whole', 'include': '.*'},)"
     settings = build(Config, parse_config_flag(f"{FLAVA_CONFIG}:full", [whole]), "")
-    assert precompute.training_flags(settings, "words")[-1].count("'include': '(?!codebook/)(?:.*)'") == 1
+    assert training_flags(settings, "words")[-1].count("'include': '(?!codebook/)(?:.*)'") == 1
     settings = build(Config, parse_config_flag(f"{FLAVA_CONFIG}:full"), "")
-    flags = precompute.training_flags(settings, "words")
+    flags = training_flags(settings, "words")
     cached = build(Config, parse_config_flag(f"{FLAVA_CONFIG}:full", flags), "")
     assert [(entry.path, entry.include) for entry in cached.init] == [
         ("checkpoints/dino-vitb16", "vision/.*"),
@@ -250,29 +287,26 @@ class Codebook:
 
 def test_pictures_are_read_by_threads_in_order_and_once(capsys):
     source, seen = Pictures(), []
-    read = precompute._pictures([source], Codebook(), lambda key: key in seen, 3)
-    batches = precompute._computed(read, np.stack, 2)
     with pytest.raises(FatalDataError, match="the disk is gone"):
-        seen += [int(row[0]) for _, rows in batches for row in rows]
+        seen += [int(image[0]) for *_, image in pictures([source], Codebook(), lambda part: True, 12, 3) if image]
     assert all(name.startswith("pictures_") for name in source.threads)
     assert capsys.readouterr().err == "left out: pictures, record 5: damaged\n"
-    whole = Pictures()
-    whole.__class__ = type("Eleven", (Pictures,), {"__len__": lambda self: 11})
-    read = precompute._pictures([whole], Codebook(), lambda key: False, 3)
-    batches = list(precompute._computed(read, np.stack, 4))
-    assert [rows[:, 0].tolist() for _, rows in batches] == [[0, 1, 2, 3], [4, 5]]
-    assert len({key for keys, _ in batches for key in keys}) == 6
+    eleven = type("Eleven", (Pictures,), {"__len__": lambda self: 11})
+    both, read = [eleven(), eleven()], lambda part: part != 2
+    found = [(part, key and int(image[0])) for part, key, image in pictures(both, Codebook(), read, 8, 3)]
+    parts = [[number for part, number in found if part == wanted and number is not None] for wanted in range(3)]
+    assert parts == [[0, 1, 2, 3], [4, 5, 0, 1, 2], []]  # of records 0-7, 8-10 and 0-4, none of another's 5-10
+    assert [part for part, _ in found] == [0] * 8 + [1] * 8 + [2]
 
 
 def test_the_device_has_the_next_batch_before_one_is_taken():
-    """And is never asked for what is being computed."""
     dispatched = []
 
     def rows(items):
         dispatched.append(list(items))
         return np.asarray(items)[:, None]
 
-    items = [(str(number), number) for number in (0, 1, 1, 2, 0, 3, 4)]
-    batches = precompute._computed(iter(items), rows, 2)
+    items = [(str(number), number) for number in range(5)]
+    batches = computed(iter(items), rows, 2)
     assert next(batches)[0] == ["0", "1"] and dispatched == [[0, 1], [2, 3]]
     assert [names for names, _ in batches] == [["2", "3"], ["4"]] and dispatched[2:] == [[4, 4]]

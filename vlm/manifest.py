@@ -108,6 +108,29 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def content_digest(path: str | Path) -> str:
+    """SHA-256 that tells one checkpoint's content from another's, whatever its path.
+
+    Of a folder with a manifest that of the manifest, which names the content of every file; of another folder or a file
+    all of it is read.
+
+    Raises:
+        UserError: see `read_manifest`; there is no such file or folder.
+    """
+    path = Path(path)
+    if (path / MANIFEST_NAME).is_file():
+        return read_manifest(path)["sha256"]
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    files = {path.name: path} if path.is_file() else {p.relative_to(path).as_posix(): p for p in path.rglob("*")}
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(f"{len(name)} {name} {hashlib.file_digest(content, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Writes a small file so that after a crash either the old or the whole new content is there."""
     path = Path(path)

@@ -37,10 +37,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def claim(workdir: Path) -> Iterator[None]:
+def claim(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
     """Creates the folder and keeps other runs out of it; the claim ends with the process, however it ends.
 
     A folder that was made here and in which nothing has been recorded by then (the run was refused) goes away again.
+    `flag` is what named the folder, for errors.
 
     Raises:
       UserError: another process writes to it, or it is not a folder that can be written to and locked.
@@ -50,14 +51,14 @@ def claim(workdir: Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / ".lock").open("a")
     except OSError as error:
-        raise UserError(f"--workdir: cannot write to {workdir}: {error.strerror}") from None
+        raise UserError(f"{flag}: cannot write to {workdir}: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--workdir: another process is writing to {workdir}") from None
+            raise UserError(f"{flag}: another process is writing to {workdir}") from None
         except OSError as error:  # a file system without locks, for instance
-            raise UserError(f"--workdir: cannot lock {workdir / '.lock'}: {error.strerror}") from None
+            raise UserError(f"{flag}: cannot lock {workdir / '.lock'}: {error.strerror}") from None
         try:
             yield
         finally:

@@ -263,8 +263,21 @@ def test_runs_prints_and_reads_back(data, config, tiny_flava, tmp_path, capsys, 
     monkeypatch.setattr(running, "_train_function", lambda: lambda config, settings, workdir: 75)
     status, out, _ = run(capsys, *command, "--only=rte,mnist")  # stopped in a training
     assert status == 75 and json.loads(out.splitlines()[-1])["ours"] == last["ours"]
+    assert json.loads((output / "rte/task.json").read_text())["metrics"] is None
     status, _, err = run(capsys, *command, "--limit=3")
-    assert status == 2 and err.startswith(f"error: --output: {output}/stsb is of another")
+    assert status == 2 and err.startswith(f"error: --output: {output}/rte is of other settings (another")
+    (tmp_path / "model").rename(tmp_path / "moved")  # the same at another path, another at the same
+    vlm.save(tmp_path / "model", *_changed(tiny_flava()))
+    status, out, _ = run(capsys, *command, f"--checkpoint={tmp_path / 'moved'}", "--only=mnist")
+    assert status == 0 and json.loads(out.splitlines()[-1])["ours"] == last["ours"]
+    status, _, err = run(capsys, *command, "--only=mnist")
+    assert status == 2 and "rte is of another checkpoint (another" in err
+
+
+def _changed(made):
+    """The same model with one other weight."""
+    model, params, processor = made
+    return model, {**params, "logit_scale": params["logit_scale"] + 1}, processor
 
 
 @pytest.mark.parametrize(

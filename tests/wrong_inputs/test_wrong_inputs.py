@@ -34,7 +34,7 @@ def _main(command):
         return _load
     if command in ("train", "eval"):
         return runpy.run_path(str(ROOT / f"{command}.py"))["main"]
-    name = f"vlm.{command}" if command in ("precompute", "score") else f"vlm.{command}.__main__"
+    name = f"vlm.{command}" if command in ("precompute", "score", "tasks") else f"vlm.{command}.__main__"
     return importlib.import_module(name).main
 
 
@@ -252,9 +252,28 @@ PRECOMPUTE = [
     (["--config=/no.py", "--output={out}/cache"], "/no.py"),
     (["--config={toy}", "--output={out}/cache"], "expected objective 'teacher_learning' with a live teacher"),
     (["--config={digits}", "--output={out}/cache", "--batch_size=0"], "expected at least 1, found 0"),
+    (["--config={digits}", "--output={out}/cache", "--part_size=0"], "--part_size: expected at least 1, found 0"),
+    (["--config={digits}", "--output={out}/cache", "--num_processes=2"], "need --coordinator"),
     (["--config={digits}", "--output={out}/cache", "--dtype=int8"], "invalid choice: 'int8'"),
     (["--config={digits}", "--output={out}/cache"], "tokenizers"),
     (["--config={digits}", "--output={files}/empty"], "empty exists already"),
+]
+TASKS = [
+    ([], "--config, --checkpoint, --output"),
+    (["--checkpoint=/no"], "--checkpoint: no such file or folder: /no"),
+    (["--config=/no.py"], "no such file: /no.py"),
+    (["--config={root}/configs/flava.py:tiny"], "config.tasks: expected a tuple of tasks"),
+    (["--only=rt"], "--only: no task 'rt'; did you mean 'rte'?"),
+    (["--compare=CLIP"], "--compare: no numbers of 'CLIP'"),
+    (["--limit=0"], "--limit: expected at least 1, found 0"),
+    (["--limit=x"], "--limit"),
+    (["--output={files}/names.txt"], "names.txt is no folder"),
+    (["--output={files}/names.txt/new"], "names.txt/new"),
+    (["--checkpoint={files}/cut"], "params.safetensors"),
+    (["--checkpoint={files}/names.txt"], "names.txt"),
+    (["--checkpoint={files}/empty"], "expected one weight file"),
+    (["--num_processes=2"], "need --coordinator"),
+    (["--dry-run"], "--dry-run"),
 ]
 OTHERS = [
     ("checkpoint", [], "command"),
@@ -278,6 +297,9 @@ OTHERS = [
 
 GOOD_TRAIN = ["--config={toy}", "--workdir={out}/run"]
 GOOD_EVAL = ["--config={files}/eval.json", "--checkpoint={files}/model", "--output={out}/r.json"]
+GOOD_TASKS = [
+    *("--config={root}/configs/flava_tasks.py", "--checkpoint={files}/model", "--output={out}/tasks", "--data={out}"),
+]
 CASES = [
     *(("train", *case) for case in TRAIN),
     *(("train", [*GOOD_TRAIN, *arguments], message) for arguments, message in TOY),
@@ -290,6 +312,8 @@ CASES = [
     *(("load", *case) for case in LOAD_OPTIONS),
     *(("convert", *case) for case in CONVERT),
     *(("precompute", *case) for case in PRECOMPUTE),
+    ("tasks", *TASKS[0]),
+    *(("tasks", [*GOOD_TASKS, *arguments], message) for arguments, message in TASKS[1:]),
     *OTHERS,
 ]
 
@@ -328,7 +352,19 @@ def test_a_wrong_input_is_one_line_and_leaves_nothing(
 def test_the_list_is_long():
     assert len(CASES) >= 100 and len({_names(*case) for case in CASES}) == len(CASES)
     assert {case[0] for case in CASES} == {
-        *("train", "eval", "predict", "load", "convert", "precompute", "score", "capfilt", "checkpoint", "demo")
+        *(
+            "train",
+            "eval",
+            "predict",
+            "load",
+            "convert",
+            "precompute",
+            "tasks",
+            "score",
+            "capfilt",
+            "checkpoint",
+            "demo",
+        )
     }
 
 

@@ -57,6 +57,22 @@ def from_primary(function: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
+def on_every_process(function: Callable[[], Any]) -> Any:
+    """Runs `function` on every process, each on its own, waits for all, and returns its result on each.
+
+    Raises:
+        UserError: on every process, when one of them raised anything: there that, elsewhere that another one failed.
+    """
+    value, failure = None, None
+    try:
+        value = function()
+    except Exception as error:  # whatever it is, the others must hear of it
+        failure = error
+    if any_process(failure is not None):
+        raise failure or UserError("another host failed and says why")
+    return value
+
+
 def any_process(flag: bool) -> bool:
     """Whether `flag` is true on any process. All of them must call it together."""
     _refuse_alone()

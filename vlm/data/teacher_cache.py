@@ -49,30 +49,31 @@ def image_key(image: bytes) -> bytes:
     return hashlib.blake2b(image, digest_size=16).digest()
 
 
-class PictureKey(bytes):
-    """What `image_key` returned, in the place of the picture."""
+class Key(bytes):
+    """What `sentence_key` or `image_key` returned, in the place of the sentence or picture."""
 
 
-def picture_key(image: bytes) -> PictureKey:
+def picture_key(image: bytes) -> Key:
     """Returns `image_key` in a form that a cache takes for the picture itself."""
-    return PictureKey(image_key(image))
+    return Key(image_key(image))
 
 
-def _key(item: str | bytes) -> bytes:
-    if isinstance(item, PictureKey):
+def item_key(item: str | bytes) -> bytes:
+    """Returns the key of a sentence or of an encoded picture, or the key that stands in its place."""
+    if isinstance(item, Key):
         return bytes(item)
     return image_key(item) if isinstance(item, bytes) else sentence_key(item)
 
 
 def _shown(item: str | bytes) -> str:
-    if isinstance(item, PictureKey):
+    if isinstance(item, Key):
         return f"picture of key {item.hex()}"
     return f"picture of {len(item):,} bytes" if isinstance(item, bytes) else f"{normalise(item)!r:.200}"
 
 
 def write_cache(
     path: str | os.PathLike,
-    batches: Batches | Callable[[Callable[[str | bytes], bool]], Batches],
+    batches: Batches,
     *,
     teacher: str,
     dtype: str = "float16",
@@ -83,8 +84,7 @@ def write_cache(
 
     Args:
         path: the folder to make; it appears only when complete.
-        batches: items (sentences, encoded pictures, or their `picture_key`s) and their rows; or what makes them, given
-            a function that tells whether the cache holds an item by now (from any thread).
+        batches: items (sentences, encoded pictures, or their `Key`s) and their rows.
         teacher: fingerprint of the model that made them, compared when the cache is opened.
         dtype: float16, bfloat16, float32, or uint16 for whole numbers.
         vocab_size: of visual words; every number of a row is below it.
@@ -104,7 +104,7 @@ def write_cache(
     temporary.mkdir(parents=True)
     try:
         writer = _Writer(temporary, dtype, rows_per_shard, vocab_size)
-        for sentences, embeddings in batches(writer.holds) if callable(batches) else batches:
+        for sentences, embeddings in batches:
             writer.add(sentences, np.asarray(embeddings))
         count = writer.finish(teacher)
         os.rename(temporary, path)
@@ -112,6 +112,27 @@ def write_cache(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return count
+
+
+def stored_rows(
+    items: Sequence[str] | Sequence[bytes], rows: Num[np.ndarray, "b dim"], dtype: str, vocab_size: int | None = None
+) -> Num[np.ndarray, "b dim"]:
+    """Returns the rows of some items as they are stored.
+
+    Raises:
+        UserError: see `write_cache`.
+    """
+    cache, kind, row = _terms(dtype)
+    if rows.ndim != 2 or len(rows) != len(items):
+        raise UserError(f"{cache}: {len(items)} {kind} but {row}s {list(rows.shape)}")
+    if vocab_size is not None and rows.size and rows.max() >= vocab_size:
+        raise UserError(f"visual words: expected numbers below {vocab_size}, found {rows.max()}")
+    stored = encode(rows, dtype)
+    finite = np.isfinite(decode(stored, dtype)).all(axis=1)
+    if not finite.all():
+        item = items[int(np.flatnonzero(~finite)[0])]
+        raise UserError(f"{cache}: {row} of {_shown(item)} is not finite in {dtype}")
+    return stored
 
 
 class _Writer:
@@ -122,25 +143,14 @@ class _Writer:
         self._pending: list[np.ndarray] = []
         self._dim: int | None = None
 
-    def holds(self, item: str | bytes) -> bool:
-        return _key(item) in self._known
-
     def add(self, sentences: Sequence[str] | Sequence[bytes], embeddings: np.ndarray) -> None:
-        cache, items, row = _terms(self._dtype)
-        if embeddings.ndim != 2 or len(embeddings) != len(sentences):
-            raise UserError(f"{cache}: {len(sentences)} {items} but {row}s {list(embeddings.shape)}")
+        stored = stored_rows(sentences, embeddings, self._dtype, self._vocab_size)
         self._dim = embeddings.shape[1] if self._dim is None else self._dim
         if embeddings.shape[1] != self._dim:
+            cache, _, row = _terms(self._dtype)
             raise UserError(f"{cache}: {row}s of {embeddings.shape[1]} numbers after {self._dim}")
-        if self._vocab_size is not None and embeddings.size and embeddings.max() >= self._vocab_size:
-            raise UserError(f"visual words: expected numbers below {self._vocab_size}, found {embeddings.max()}")
-        stored = encode(embeddings, self._dtype)
-        finite = np.isfinite(decode(stored, self._dtype)).all(axis=1)
-        if not finite.all():
-            sentence = sentences[int(np.flatnonzero(~finite)[0])]
-            raise UserError(f"{cache}: {row} of {_shown(sentence)} is not finite in {self._dtype}")
         for sentence, row in zip(sentences, stored, strict=True):
-            key = _key(sentence)
+            key = item_key(sentence)
             if key not in self._known:
                 self._known[key] = len(self._known)
                 self._pending.append(row.copy())
@@ -295,7 +305,7 @@ class TeacherCache:
         Raises:
             FatalDataError: the cache has no such item (a `UserError` that the loader does not skip over).
         """
-        high, low = np.frombuffer(_key(item), ">u8").astype(np.uint64)
+        high, low = np.frombuffer(item_key(item), ">u8").astype(np.uint64)
         place = int(np.searchsorted(self._keys[:, 0], high))
         while place < len(self) and self._keys[place, 0] == high:
             if self._keys[place, 1] == low:

@@ -6,16 +6,22 @@
 A task evaluates the checkpoint as it is (zero-shot, linear probes), or fine-tunes it first as train.py does and then
 evaluates the result. Tasks whose data is absent are listed with the paths that they expect; --data=DIR is where they
 are looked for. Run the same command again: finished tasks are read back, an unfinished one goes on, and tasks whose
-data has come are run. Everything is in the folder --output: results.json, and of each task TASK/result.json with a line
-per example and a page, and TASK/run, the fine-tuned model. The last line on standard output is one JSON object.
+data has come are run; another checkpoint, also one at the same path, is refused. Everything is in the folder --output:
+results.json, and of each task TASK/result.json with a line per example and a page, and TASK/run, the fine-tuned model.
+The last line on standard output is one JSON object.
+
+On several hosts (--distributed, or --coordinator and its companions) each is given the same command; they share the
+folders of data and output.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm.errors import Parser, UserError, did_you_mean, exit_on_user_error
 from vlm.hosts import add_host_flags, connect
@@ -40,6 +46,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 75 when it was stopped in a training and saved."""
+    from vlm.checkpoint.processes import is_primary
     from vlm.config import load
     from vlm.preemption import EXIT_PREEMPTED
     from vlm.tasks import running, table
@@ -55,15 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in chosen:
             if name not in settings.tasks:
                 raise UserError(f"--only: no task {name!r}{did_you_mean(name, settings.tasks)}")
+        if options.limit is not None and options.limit < 1:
+            raise UserError(f"--limit: expected at least 1, found {options.limit}")
+        if os.path.lexists(options.output) and not os.path.isdir(options.output):
+            raise UserError(f"--output: {options.output} is no folder")
+        if options.dry_run:
+            _show(settings, {}, running.absent_data(settings, chosen, options.data), options)
+            return 0
         connect(options)
-        context = running.Context(
-            Path(options.checkpoint), Path(options.output), config_file.parent, options.data, options.limit
-        )
-        metrics, stopped = ({}, False) if options.dry_run else running.run(settings, chosen, context)
-        absent = {name: missing for name in chosen if (missing := settings.tasks[name].absent(options.data))}
-        report = table.report(settings, metrics, absent, options.compare or settings.compare)
-        if not options.dry_run:
-            running.write(context, report)
+        folders = Path(options.checkpoint), Path(options.output), config_file.parent
+        context = running.Context.of(*folders, options.data, options.limit)
+        metrics, stopped = running.run(settings, chosen, context)
+        absent = running.absent_data(settings, chosen, options.data)
+        running.write(context, table.report(settings, metrics, absent, options.compare or settings.compare))
+        if is_primary():
+            _show(settings, metrics, absent, options)
+    return EXIT_PREEMPTED if stopped else 0
+
+
+def _show(settings: Any, metrics: Any, absent: Any, options: argparse.Namespace) -> None:
+    from vlm.tasks import table
+
+    report = table.report(settings, metrics, absent, options.compare or settings.compare)
     print(table.shown(report))
     print(json.dumps(table.summary(report), ensure_ascii=False))
-    return EXIT_PREEMPTED if stopped else 0

@@ -14,12 +14,13 @@ from typing import Any
 
 import vlm
 from vlm import evaluation, sharding
-from vlm.checkpoint.processes import from_primary
-from vlm.config import build
+from vlm.checkpoint.processes import from_primary, is_primary
+from vlm.checkpoint.reading import find_step
+from vlm.config import build, load
 from vlm.data.annotations import frequent_answers
 from vlm.errors import UserError
 from vlm.loading import OpenModel, open_model
-from vlm.manifest import write_atomically
+from vlm.manifest import content_digest, write_atomically
 from vlm.schema import Config, ShardingConfig
 from vlm.strict import plain
 from vlm.tasks.fitting import fitted
@@ -28,18 +29,35 @@ from vlm.tokenizers.files import read_json
 from vlm.workdir import environment
 
 ROOT = Path(vlm.__file__).resolve().parents[1]
-RESULT, FINISHED = "result.json", "finished.json"
+RESULT, STATE = "result.json", "task.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What all tasks share: the checkpoint, the output folder, the configurations' folder, `--data` and `--limit`."""
+    """What all tasks share.
+
+    Attributes:
+      checkpoint: of a training workdir the step as of now. content: what tells it from others, whatever its path.
+      output: the folder of all results. configs: the configurations' folder.
+      data, limit: the command's flags.
+    """
 
     checkpoint: Path
+    content: str
     output: Path
     configs: Path
     data: str
     limit: int | None
+
+    @classmethod
+    def of(cls, checkpoint: Path, output: Path, configs: Path, data: str, limit: int | None) -> Context:
+        """Finds out which checkpoint it is.
+
+        Raises:
+          UserError: a training workdir without checkpoint, a damaged manifest.
+        """
+        step = find_step(checkpoint) if (checkpoint / "checkpoints").is_dir() else checkpoint
+        return cls(step, from_primary(lambda: _content(step)), output, configs, data, limit)
 
 
 def run(settings: Tasks, chosen: Sequence[str], context: Context) -> tuple[dict[str, dict[str, float]], bool]:
@@ -52,20 +70,17 @@ def run(settings: Tasks, chosen: Sequence[str], context: Context) -> tuple[dict[
     Raises:
       UserError: a checkpoint that cannot be opened, or a task that cannot be run: those before it are kept.
     """
-    metrics: dict[str, dict[str, float]] = {}
     opened = open_model(context.checkpoint, verify="fast")
     from_primary(lambda: context.output.mkdir(parents=True, exist_ok=True))
-    for name, task in settings.tasks.items():
-        found = _finished(context, name, task)
-        if found is not None:
-            metrics[name] = found
-    left = [name for name in settings.tasks if name in chosen and name not in metrics]
-    left = [name for name in left if not settings.tasks[name].absent(context.data)]
+    metrics: dict[str, dict[str, float]] = from_primary(lambda: _finished(context, settings))
+    absent = from_primary(lambda: absent_data(settings, chosen, context.data))
+    left = [name for name in settings.tasks if name in chosen and name not in metrics and name not in absent]
     left.sort(key=lambda name: settings.tasks[name].train is not None)  # those of the checkpoint itself share it
     loaded: list[Any] = []
     for name in left:
         task = settings.tasks[name]
         _say(f"{name}: {task.name}")
+        from_primary(functools.partial(_note, context, name, task, None))
         try:
             if task.train is not None:
                 loaded.clear()  # its memory is needed
@@ -109,29 +124,58 @@ def _evaluate(context: Context, name: str, task: Task, checkpoint: Path, loaded:
         axes = sharding.batch_axes(spread.rules)
         settled = {"mesh": mesh, "batch_axes": axes, "output": folder / RESULT, "about": about}
         metrics = evaluation.run(plan, *loaded, **settled)
-    marker = json.dumps({"identity": _identity(context, task), "metrics": metrics})
-    from_primary(lambda: write_atomically(folder / FINISHED, marker.encode()))
+    from_primary(lambda: _note(context, name, task, metrics))
     return metrics
 
 
-def _finished(context: Context, name: str, task: Task) -> dict[str, float] | None:
-    """The metrics of a task that an earlier run finished."""
-    path = context.output / name / FINISHED
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    if content.get("identity") != _identity(context, task):
-        raise UserError(
-            f"--output: {path.parent} is of another checkpoint or other settings (another --output, or remove it)"
-        )
-    return content["metrics"]
+def absent_data(settings: Tasks, chosen: Sequence[str], data: str) -> dict[str, list[str]]:
+    """The files that chosen tasks need and that are not there, of each task that lacks some."""
+    return {name: missing for name in chosen if (missing := settings.tasks[name].absent(data))}
 
 
-def _identity(context: Context, task: Task) -> str:
-    """Says what a result depends on."""
-    settings = {key: value for key, value in plain(task).items() if key not in ("name", "group", "rows", "note")}
-    about = [settings, str(context.checkpoint.resolve()), context.limit]
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+def _finished(context: Context, settings: Tasks) -> dict[str, dict[str, float]]:
+    """The metrics of tasks that an earlier run finished.
+
+    Raises:
+      UserError: it had another checkpoint or other settings, in a task that it finished or only began.
+    """
+    found = {}
+    for name, task in settings.tasks.items():
+        path = context.output / name / STATE
+        if not path.is_file():
+            continue
+        content, wanted = read_json(path), _identity(context, task)
+        known = content.get("identity")
+        known = known if isinstance(known, dict) else {}
+        if differing := sorted(key for key in wanted if known.get(key) != wanted[key]):
+            what = " and ".join(f"another {key}" if key == "checkpoint" else f"other {key}" for key in differing)
+            raise UserError(f"--output: {path.parent} is of {what} (another --output, or remove it)")
+        if content.get("metrics") is not None:
+            found[name] = content["metrics"]
+    return found
+
+
+def _note(context: Context, name: str, task: Task, metrics: dict[str, float] | None) -> None:
+    """Notes what a task's folder is of, and when it is finished what was found."""
+    path = context.output / name / STATE
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps({"identity": _identity(context, task), "metrics": metrics}).encode())
+
+
+def _identity(context: Context, task: Task) -> dict[str, str]:
+    """What a result depends on."""
+    about = {key: value for key, value in plain(task).items() if key not in ("name", "group", "rows", "note")}
+    training = task.train and plain(load(str(context.configs / task.train)))
+    settings = json.dumps([about, training, context.limit], sort_keys=True)
+    return {"checkpoint": context.content, "settings": hashlib.sha256(settings.encode()).hexdigest()}
+
+
+def _content(checkpoint: Path) -> str:
+    """Of a step of a training also of the settings and the tokenizer beside it."""
+    digests, folder = [content_digest(checkpoint)], checkpoint.absolute().parents[1]
+    if checkpoint.absolute().parent.name == "checkpoints":
+        digests += [content_digest(path) for path in (folder / "config.json", folder / "processor") if path.exists()]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def write_answers(path: Path, settings: dict[str, Any]) -> None:
@@ -151,4 +195,5 @@ def _train_function() -> Callable[..., int]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if is_primary():
+        print(text, file=sys.stderr, flush=True)

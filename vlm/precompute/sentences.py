@@ -1,0 +1,69 @@
+"""AltCLIP: what the teacher says of every English sentence of parallel text."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from vlm import sharding
+from vlm.data.source import open_sources
+from vlm.data.teacher_cache import sentence_key
+from vlm.errors import UserError
+from vlm.experiment import experiment, make_processor
+from vlm.models.altclip.loss import LossConfig, teacher_targets
+from vlm.precompute import running
+from vlm.schema import Config
+
+
+def precompute(settings: Config, output: str, dtype: str, batch_size: int = 128, part_size: int = 1 << 14) -> int:
+    """Writes the cache; returns the number of distinct sentences.
+
+    Args:
+      batch_size: sentences at a time on each device. part_size: sentences that are kept together.
+
+    Raises:
+      UserError: the configuration is not one of teacher learning with a live teacher, or has no parallel text.
+    """
+    parts = experiment(settings)
+    loss = parts.loss_config
+    if not isinstance(loss, LossConfig) or loss.objective != "teacher_learning" or loss.teacher is None:
+        raise UserError("config.loss: expected objective 'teacher_learning' with a live teacher (loss.teacher)")
+    processor = make_processor(settings, parts.family)
+    if processor.teacher_tokenizer is None:
+        raise UserError("config.processor.teacher_tokenizer is missing")
+    sources, _ = open_sources(settings.data.sources)
+    mesh = running.own_devices()
+    entries = [entry for entry in settings.init if entry.into.split("/")[0] == "extra"]
+    teacher = running.frozen_weights(settings, entries, mesh, "teacher", extra=parts.init.abstract().extra)["extra"]
+    embed = running.on_devices(functools.partial(teacher_targets, loss), mesh)
+
+    def rows(sentences: list[str]) -> Any:
+        batch = processor.teacher_tokenizer(sentences, max_length=processor.teacher_max_length, padding="max_length")
+        return embed(teacher, {f"teacher_{name}": batch[name] for name in ("tokens", "mask")})
+
+    def items(mine: running.Mine) -> running.Items:
+        return _sentences(sources, mine, part_size)
+
+    weights = f"{loss.target}:{running.digest(loss.teacher, teacher)}"
+    sizes = {"batch_size": batch_size, "part_size": part_size}
+    about = running.about(settings, weights, sources, dtype=dtype, **sizes)
+    on = sharding.use(mesh, settings.sharding.rules)
+    return running.run(output, items, rows, batch_size * mesh.size, about, on)
+
+
+def _sentences(sources: Sequence[Any], mine: running.Mine, part_size: int) -> Iterator[tuple[int, Any, str]]:
+    """Every distinct English sentence, in order, as an item of `running`: it names itself. All hosts read all text."""
+    known: set[bytes] = set()
+    for source in sources:
+        for index in tqdm(range(len(source)), desc=source.name, unit="pair", disable=not sys.stderr.isatty()):
+            text = source[index].get("source_text")
+            if not isinstance(text, str):
+                raise UserError(f"{source.name}, record {index}: expected a `source_text` string, found {text!r:.80}")
+            if (key := sentence_key(text)) not in known:
+                part = len(known) // part_size
+                known.add(key)
+                yield part, text if mine(part) else None, text
