@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm.demo import steps
 
-MARKS = {"captions/exact_match": 0.9, "vqa/accuracy": 90.0}
-"""Captions that equal the reference; VQA's accuracy, in percent."""
+MARKS = {"captions/exact_match": 0.9, "vqa/accuracy": 0.9, "vqa_ranked/accuracy": 0.9}
+"""Shares: captions that equal the reference, and VQA's accuracy. NLVR's demonstration has no mark."""
 STORIES = {
     "digits_caption": "a captioner learns to say which digits a scene shows",
     "digits_vqa": "a model learns to answer questions about the digits",
@@ -33,7 +33,7 @@ def digits(output: Path, data_only: bool = False, overrides: Sequence[str] = ())
     metrics: dict[str, float] = {}
     for name, story in () if data_only else STORIES.items():
         metrics |= _train_and_evaluate(output, name, story, seconds, ("--config.eval={}", *overrides))
-    return 0 if data_only else _report(metrics, seconds)
+    return 0 if data_only else _report(metrics, seconds, MARKS)
 
 
 def nlvr(output: Path, source: Path, data_only: bool = False, overrides: Sequence[str] = ()) -> int:
@@ -53,7 +53,7 @@ def nlvr(output: Path, source: Path, data_only: bool = False, overrides: Sequenc
     _train(output, "nlvr_caption", "pretraining: the scenes described", seconds, overrides)
     _train(output, "nlvr_simple", "true or false, of the simplest statements", seconds, overrides)
     story = "true or false, learned from 600 people's sentences and from generated ones"
-    return _report(_train_and_evaluate(output, "nlvr_tiny", story, seconds, overrides), seconds)
+    return _report(_train_and_evaluate(output, "nlvr_tiny", story, seconds, overrides), seconds, {})
 
 
 def _train(output: Path, name: str, story: str, seconds: dict[str, float], overrides: Sequence[str]) -> tuple[str, str]:
@@ -76,11 +76,16 @@ def _train_and_evaluate(
     return json.loads(line)
 
 
-def _report(metrics: dict[str, float], seconds: dict[str, float]) -> int:
+def missed(metrics: Mapping[str, float], marks: Mapping[str, float]) -> list[str]:
+    """The metrics that do not reach their marks; one that is not a number does not either."""
+    return [name for name, mark in marks.items() if not metrics[name] >= mark]
+
+
+def _report(metrics: dict[str, float], seconds: dict[str, float], marks: Mapping[str, float]) -> int:
     """Says what was reached, prints the JSON line, and returns the exit status."""
-    low = [name for name, mark in MARKS.items() if name in metrics and metrics[name] < mark]
+    low = missed(metrics, marks)
     for name in low:
-        steps.say(f"{name} is {metrics[name]:.4g}, below {MARKS[name]:g}")
+        steps.say(f"{name} is {metrics[name]:.4g}, below {marks[name]:g}")
     steps.say(steps.summary(seconds))
     print(json.dumps(metrics), flush=True)
     return 1 if low else 0
