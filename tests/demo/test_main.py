@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -52,14 +51,16 @@ def test_without_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def one_device(monkeypatch):
-    """As on the machine of a first-time user."""
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
+def test_a_step_is_a_script_of_the_checkout(capfd):
+    """`train.py` and `eval.py` as scripts, in a Python of their own."""
+    assert "--checkpoint" in steps.python(["eval.py", "--help"])
+    with pytest.raises(UserError, match=r"eval\.py ended with status 2, see above"):
+        steps.python(["eval.py", "--checkpoint=/nowhere"])
+    assert "no such file or folder: /nowhere" in capfd.readouterr().err
 
 
-def test_the_chain_from_data_to_page(demo_data, tmp_path, monkeypatch, capsys):
-    """Data, CLIP, teacher learning, tuning, evaluation: a few steps each, through the real commands."""
-    one_device(monkeypatch)
+def test_the_chain_from_data_to_page(here, demo_data, tmp_path, capsys):
+    """Data, CLIP, teacher learning, tuning, evaluation: a few steps each, through the commands' own functions."""
     output = tmp_path / "out"
     shutil.copytree(demo_data, output / "data")
     status = demo.run(output, overrides=SHORT)
@@ -84,9 +85,8 @@ def test_stories_that_need_data_say_so(tmp_path, capsys):
     assert not (tmp_path / "out" / "nlvr").exists()
 
 
-def test_two_digit_scenes_from_data_to_page(tmp_path, monkeypatch, capsys):
-    """Captions, then questions: a few steps each, through the real commands."""
-    one_device(monkeypatch)
+def test_two_digit_scenes_from_data_to_page(here, tmp_path, monkeypatch, capsys):
+    """Captions, then questions: a few steps each, through the commands' own functions."""
     monkeypatch.setattr(scenes, "SCENES", {"train": 40, "test": 10})
     status = demo.blip.digits(tmp_path / "out", overrides=SHORT)
     out, err = capsys.readouterr()

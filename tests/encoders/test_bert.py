@@ -9,6 +9,8 @@ import transformers
 
 from vlm.encoders.bert import Bert, BertConfig
 
+from ..quick import apply, random_params
+
 HF = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 HF |= {"max_position_embeddings": 20, "attn_implementation": "eager"}
 SIZE = {"vocab_size": 50, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "mlp_dim": 48, "max_length": 20}
@@ -74,7 +76,7 @@ def test_equals_pytorch(kind, masked, randomise):
     model, config, params = _model(kind, randomise)
     mask = TOKENS != 1
     flags = {"output_hidden_states": True, "output_attentions": True}
-    found = Bert(config).apply({"params": params}, jnp.asarray(TOKENS), jnp.asarray(mask) if masked else None, **flags)
+    found = apply(Bert(config), params, TOKENS, mask=mask if masked else None, **flags)
     with torch.no_grad():
         attention_mask = torch.tensor(mask.astype(int)) if masked else None
         expected = model(torch.tensor(TOKENS), attention_mask=attention_mask, **flags)
@@ -93,8 +95,8 @@ def test_given_embeddings_positions_and_types_equal_pytorch(kind, randomise):
     positions = rng.integers(2, 20, (2, 5))
     types = rng.integers(0, config.type_vocab_size, (2, 5))
     module = Bert(config)
-    found = module.apply({"params": params}, token_embeds=embeds, positions=positions, token_types=types)
-    derived = module.apply({"params": params}, token_embeds=embeds)
+    found = apply(module, params, token_embeds=embeds, positions=positions, token_types=types)
+    derived = apply(module, params, token_embeds=embeds)
     with torch.no_grad():
         given = {"inputs_embeds": torch.tensor(embeds)}
         types_and_positions = {"position_ids": torch.tensor(positions), "token_type_ids": torch.tensor(types)}
@@ -106,7 +108,7 @@ def test_given_embeddings_positions_and_types_equal_pytorch(kind, randomise):
 
 def test_wrong_inputs_say_what_is_wrong():
     model = Bert(BertConfig(**SIZE))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params = {"params": random_params(model, jnp.zeros((1, 2), jnp.int32))}
     with pytest.raises(ValueError, match="expected at most 18 per row, found 19"):
         model.apply(params, jnp.zeros((1, 19), jnp.int32))
     with pytest.raises(ValueError, match="exactly one of tokens and token_embeds"):
@@ -117,9 +119,8 @@ def test_wrong_inputs_say_what_is_wrong():
 
 def test_dropout_is_active_in_training_only():
     model = Bert(BertConfig(**SIZE))
-    tokens = jnp.asarray(TOKENS)
-    params = model.init(jax.random.key(0), tokens)
-    run = lambda **flags: model.apply(params, tokens, **flags).last_hidden_state  # noqa: E731
+    params = random_params(model, jnp.asarray(TOKENS))
+    run = lambda **flags: apply(model, params, TOKENS, **flags).last_hidden_state  # noqa: E731
     dropped = run(deterministic=False, rngs={"dropout": jax.random.key(1)})
     assert np.abs(dropped - run()).max() > 1e-2
     np.testing.assert_array_equal(run(), run())

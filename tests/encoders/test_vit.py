@@ -9,6 +9,8 @@ import transformers
 
 from vlm.encoders.vit import ViT, ViTConfig, patchify
 
+from ..quick import apply, random_params
+
 SIZE = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "mlp_dim": 48, "image_size": 12, "patch_size": 4}
 HF = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 HF |= {"image_size": 12, "patch_size": 4, "attn_implementation": "eager"}
@@ -126,7 +128,7 @@ def test_equals_pytorch(family, shape, randomise):
     model, config, params = {"clip": _clip, "flava": _flava, "blip": _blip}[family](randomise)
     image = np.random.default_rng(0).normal(size=(2, *shape, 3)).astype(np.float32)
     flags = {"output_hidden_states": True, "output_attentions": True}
-    found = ViT(config).apply({"params": params}, image, interpolate_positions=shape != (12, 12), **flags)
+    found = apply(ViT(config), params, image, interpolate_positions=shape != (12, 12), **flags)
     with torch.no_grad():
         pixels = torch.tensor(image.transpose(0, 3, 1, 2))
         expected = model(pixels, interpolate_pos_encoding=shape != (12, 12), **flags)
@@ -141,11 +143,11 @@ def test_masked_patches_equal_pytorch(randomise):
     model, config, params = _flava(randomise)
     image = np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
     mask = np.random.default_rng(1).random((2, 9)) < 0.4
-    found = ViT(config).apply({"params": params}, image, patch_mask=jnp.asarray(mask))
+    found = apply(ViT(config), params, image, patch_mask=mask)
     with torch.no_grad():
         expected = model(torch.tensor(image.transpose(0, 3, 1, 2)), bool_masked_pos=torch.tensor(mask))
     np.testing.assert_allclose(found.last_hidden_state, expected.last_hidden_state, atol=1e-5)
-    plain = ViT(config).apply({"params": params}, image)
+    plain = apply(ViT(config), params, image)
     assert np.abs(plain.last_hidden_state - found.last_hidden_state).max() > 1e-2
 
 
@@ -159,7 +161,7 @@ def test_patchify_equals_a_strided_convolution():
 
 def test_wrong_inputs_say_what_is_wrong():
     model = ViT(ViTConfig(**SIZE))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 12, 12, 3)))
+    params = {"params": random_params(model, jnp.zeros((1, 12, 12, 3)))}
     with pytest.raises(ValueError, match="expected 12x12 pixels, found 12x16"):
         model.apply(params, jnp.zeros((1, 12, 16, 3)))
     with pytest.raises(ValueError, match="no mask embedding"):
@@ -170,7 +172,7 @@ def test_wrong_inputs_say_what_is_wrong():
 
 def test_clip_initialisation_has_the_published_scales():
     config = ViTConfig(hidden_size=128, num_layers=4, num_heads=4, mlp_dim=512, image_size=32, patch_size=4)
-    params = ViT(config).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(ViT(config).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     layers = params["layers"]
     stddevs = {
         128**-0.5 * 8**-0.5: [layers["attention"][n]["kernel"] for n in ("query", "key", "value")]
