@@ -100,6 +100,14 @@ def test_generates_as_published(tiny_blip, spec, tmp_path):
     assert metrics["q/accuracy"] == 0
 
 
+def test_an_answer_longer_than_the_decoder_reads_is_named(tiny_blip):
+    embedder = Embedder(*tiny_blip("vqa"), batch_size=4)
+    longest = embedder.model.context_length
+    Ranker.of(embedder, ["a " * (longest - 1)])
+    with pytest.raises(UserError, match=f"answers of at most {longest} tokens, found 'a a.* with {longest + 1}"):
+        Ranker.of(embedder, ["yes", "a " * longest])
+
+
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [

@@ -234,7 +234,14 @@ def test_sharded_equals_one_device(pair, prompts):
         ({"num_beam": 3}, "num_beam does not exist; did you mean 'num_beams'"),
         ({"num_beams": "3"}, "num_beams: expected int, found '3'"),
         ({"temperature": 0.7}, "temperature: only draws use it; expected do_sample=True"),
-        ({"do_sample": True, "temperature": 0.0}, "temperature: expected more than 0"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature: expected a finite number of more than 0"),
+        (
+            {"do_sample": True, "temperature": 1e-39},
+            "temperature: expected a finite number of more than 0, found 1e-39",
+        ),
+        ({"seed": 2**70}, "seed: expected a number from 0 to 4294967295, found 1180591620717411303424"),
+        ({"seed": -1}, "seed: expected a number from 0 to 4294967295, found -1"),
+        ({"num_beams": 2, "length_penalty": 400.0}, "length_penalty: expected a number from -10 to 10, found 400"),
         ({"max_length": 9, "max_new_tokens": 3}, "only one of max_new_tokens and max_length"),
         ({"max_length": 4}, "expected more than the longest prompt, found 4 and a prompt of 4 tokens in row 1"),
         ({"max_new_tokens": 45}, "reads at most 48 tokens; asked for 49"),
@@ -257,8 +264,29 @@ def test_wrong_prompts_die_at_the_door(pair, drawn, prompts):
         generate(pair.model, drawn, batch | {"tokens": batch["tokens"] + 7 * batch["mask"]})
     with pytest.raises(UserError, match="at least one token in every row, found none in row 1"):
         generate(pair.model, drawn, batch | {"mask": batch["mask"] & (np.arange(2) == 0)[:, None]})
+    for change, message in (
+        (
+            {"tokens": batch["tokens"][:, :3]},
+            r"tokens: expected \[B, L\] with a mask of this shape, found \(2, 3\) and",
+        ),
+        ({"mask": batch["mask"][:1]}, "expected at least one row, and as many of everything, found tokens 2, mask 1"),
+        ({name: x[:0] for name, x in batch.items()}, "expected at least one row, .* found tokens 0, mask 0"),
+        ({"tokens": batch["tokens"] - ~batch["mask"]}, "tokens: expected ids from 0 to 10, found -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(pair.model, drawn, batch | change)
+    broken = jax.tree.map(lambda x: x * np.nan, drawn)
+    with pytest.raises(UserError, match="scores are not finite"):
+        generate(pair.model, broken, batch)
     with pytest.raises(UserError, match="dict does not generate text"):
         generate({}, drawn, batch)
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "length_penalty"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_settings_are_finite(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected .*, found {value}"):
+        GenerationConfig(do_sample=True, **{name: value})
 
 
 def test_the_public_door_and_a_config_with_changes(pair, drawn, prompts):

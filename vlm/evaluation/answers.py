@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm.data.masking import IGNORE
+from vlm.errors import UserError
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.feed import Feed
 from vlm.generation import Prepared, prepare
@@ -65,10 +66,14 @@ class Ranker:
         """Lays out the parameters and turns the answers into tokens; they are neither cleaned nor cut.
 
         Raises:
-          UserError: a model that does not generate.
+          UserError: a model that does not generate; an answer that is longer than what its decoder reads.
         """
         batch = embedder.processor.tokenizer(list(answers), padding="longest")
-        prepared = prepare(embedder.model, embedder.params)
+        prepared, longest = prepare(embedder.model, embedder.params), embedder.model.context_length
+        length = batch["mask"].sum(axis=1) - 1  # [SEP] is written, not read
+        if longest is not None and length.max() > longest:
+            found = f"{answers[int(length.argmax())]!r:.60} with {length.max()}"
+            raise UserError(f"answer_list: expected answers of at most {longest} tokens, found {found}")
         return cls(embedder.model, prepared, batch["tokens"][:, 1:], batch["mask"][:, 1:], **settings)
 
     def __call__(self, feed: Feed, batch: Mapping[str, Any]) -> Ranked:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 DEFAULT_NEW_TOKENS = 20
+_POSITIVE = 1e-30, 1e30  # where single precision neither vanishes nor overflows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class GenerationConfig:
         present length beats them; "never" assumes the most favourable length instead ("hf" only).
       stop_ids: tokens that end a sequence; None: the model's own.
       log_probs: return the log-probability of each generated token as well.
-      seed: of the draws; the key of row i is folded from it and i.
+      seed: of the draws, below 2³²; the key of row i is folded from it and i.
     """
 
     max_new_tokens: int | None = None
@@ -73,10 +74,14 @@ class GenerationConfig:
             problems.append(f"min_new_tokens: expected at most max_new_tokens, found {self.min_new_tokens}")
         if self.max_length is not None and self.min_length > self.max_length:
             problems.append(f"min_length: expected at most max_length, found {self.min_length}")
-        if self.temperature <= 0:
-            problems.append(f"temperature: expected more than 0, found {self.temperature}; greedy is do_sample=False")
-        if self.repetition_penalty <= 0:
-            problems.append(f"repetition_penalty: expected more than 0, found {self.repetition_penalty}")
+        for name, more in (("temperature", "; greedy is do_sample=False"), ("repetition_penalty", "")):
+            value = getattr(self, name)
+            if not _POSITIVE[0] <= value <= _POSITIVE[1]:
+                problems.append(f"{name}: expected a finite number of more than 0, found {value}{more}")
+        if not abs(self.length_penalty) <= 10:
+            problems.append(f"length_penalty: expected a number from -10 to 10, found {self.length_penalty}")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed: expected a number from 0 to {2**32 - 1}, found {self.seed}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             problems.append(f"top_p: expected a number in (0, 1], found {self.top_p}")
         if any(not word or min(word) < 0 for word in self.bad_words_ids):

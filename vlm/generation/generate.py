@@ -87,7 +87,8 @@ def generate(
       prefill_options: static arguments for the model's `prefill` (`interpolate_positions=True`).
 
     Raises:
-      UserError: an unknown or impossible setting, a prompt that leaves no room, a token id outside the vocabulary.
+      UserError: an unknown or impossible setting, a prompt that leaves no room, a token id outside the vocabulary,
+        arrays that do not fit one another, scores that are no numbers.
     """
     _check_generative(model)
     base = {} if config is None else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
@@ -95,6 +96,7 @@ def generate(
     prepared = params if isinstance(params, Prepared) else prepare(model, params)
     arrays = {name: _held(value) for name, value in model.prompt(batch).items() if value is not None}
     stop_ids = model.stop_ids if config.stop_ids is None else config.stop_ids
+    _check_arrays(model, arrays)
     prompt, steps = _plan(model, arrays, config, stop_ids)
     decoder = model.clone(decoding=True)
     options = tuple(sorted((prefill_options or {}).items()))
@@ -181,7 +183,7 @@ def _plan(
 ) -> tuple[Prompt, int]:
     """The prompts, right-aligned, with each row's limit; and the most steps that any row takes (bucketed)."""
     tokens, mask = arrays["tokens"], arrays["mask"].astype(bool)
-    _check_ids(model, {"tokens": tokens[mask], "stop_ids": stop_ids, "bad_words_ids": sum(config.bad_words_ids, ())})
+    _check_ids(model, {"stop_ids": stop_ids, "bad_words_ids": sum(config.bad_words_ids, ())})
     if any((stop,) in config.bad_words_ids for stop in stop_ids):
         raise UserError("bad_words_ids: a stop token cannot be forbidden; set min_new_tokens or stop_ids")
     length = mask.sum(1)
@@ -206,6 +208,19 @@ def _plan(
     for row, (ids, real) in enumerate(zip(tokens, mask, strict=True)):
         aligned[row, width - length[row] :] = ids[real]
     return Prompt(aligned, length.astype(np.int32), limit.astype(np.int32)), steps  # pyright: ignore[reportArgumentType]
+
+
+def _check_arrays(model: Generative, arrays: Mapping[str, Any]) -> None:
+    """Rows of one number, masks of their tokens' shape, ids of the vocabulary, those of padding too."""
+    rows = {name: len(x) if np.ndim(x) else 0 for name, x in arrays.items()}
+    if len(set(rows.values())) != 1 or 0 in rows.values():
+        found = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise UserError(f"batch: expected at least one row, and as many of everything, found {found}")
+    for name, x in arrays.items():
+        mask = arrays.get("mask" if name == "tokens" else f"{name}_mask")
+        if mask is not None and (x.shape != mask.shape or x.ndim != 2):
+            raise UserError(f"{name}: expected [B, L] with a mask of this shape, found {x.shape} and {mask.shape}")
+    _check_ids(model, {name: x for name, x in arrays.items() if x.dtype.kind in "iu"})
 
 
 def _check_ids(model: Generative, named: Mapping[str, Any]) -> None:
@@ -242,4 +257,6 @@ def _assemble(prompt: Prompt, out: Sequences, stop_ids: tuple[int, ...], pad_id:
         log_probs = np.array(out.log_probs).reshape(len(added), -1)[:, : added.max()]
         log_probs[np.arange(log_probs.shape[1])[None] >= added[:, None]] = 0
     scores = np.asarray(out.scores).reshape(-1)
+    if np.isnan(scores).any():
+        raise UserError("scores are not finite: has training diverged?")
     return Generation(sequences, starts + added, starts, scores, log_probs, completions)

@@ -11,6 +11,8 @@ from vlm.errors import UserError
 from vlm.generation import prepare
 from vlm.models.blip.model import BLIP
 
+from ...quick import random_params
+
 PROMPTS = np.array([[58, 11, 12, 13], [58, 21, 22, 23], [58, 31, 32, 33]], np.int32)
 SETTINGS = [
     {"max_new_tokens": 8},
@@ -102,10 +104,7 @@ def test_cached_steps_equal_the_full_pass(hf_pair, torch_image, kind):
 
         config = dataclasses.replace(model.config, text=model.config.decoder, decoder=None, shared_decoder=True)
         model = BLIP(config)
-        import flax.linen as nn
-
-        params = nn.unbox(model.init(jax.random.key(0), image[:1], PROMPTS[:1]))["params"]
-        params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(1), x.shape), params)
+        params = random_params(model, image[:1], PROMPTS[:1])
     found = vlm.generate(model, params, {"image": image, "tokens": PROMPTS}, max_new_tokens=7, log_probs=True)
 
     def full(module, tokens):
@@ -128,7 +127,19 @@ def test_models_and_batches_that_cannot_write(hf_pair, torch_image):
     _, model, params = hf_pair("answering")
     with pytest.raises(UserError, match="expected questions as tokens and mask, found image"):
         vlm.generate(model, params, {"image": image})
+    asked = {"image": image, "tokens": PROMPTS, "mask": PROMPTS != 0}
+    for change, message in (
+        ({"tokens": PROMPTS + 2}, "question: expected ids from 0 to 59, found 60"),
+        ({"mask": np.ones((3, 3), bool)}, r"tokens: expected \[B, L\] with a mask of this shape, found \(3, 4\) and"),
+        ({"image": image[:2]}, "as many of everything, found image 2, tokens 2, mask 2, question 3"),
+        ({name: x[:0] for name, x in asked.items()}, "expected at least one row"),
+        ({"tokens": np.ones((3, 21), int), "mask": None}, "questions of at most 20 tokens, found 21"),
+    ):
+        with pytest.raises(UserError, match=message):
+            vlm.generate(model, params, asked | change)
     _, model, params = hf_pair("captioning")
+    with pytest.raises(UserError, match=r"with a mask of this shape, found \(4,\) and \(4,\)"):
+        vlm.generate(model, params, {"image": image, "tokens": PROMPTS[0]})
     with pytest.raises(UserError, match="expected image, found tokens"):
         vlm.generate(model, params, {"tokens": PROMPTS})
     with pytest.raises(UserError, match="at most 20 tokens; asked for 24"):

@@ -64,7 +64,10 @@ class Writing:
             if tokens is None:
                 raise UserError("batch: expected questions as tokens and mask, found " + ", ".join(batch))
             tokens = np.asarray(tokens)
-            return alone | {"question": tokens, "question_mask": _real(tokens, batch.get("mask"))}
+            mask, longest = _real(tokens, batch.get("mask")), self.config.text.max_length
+            if tokens.shape[1] > longest:
+                raise UserError(f"tokens: expected questions of at most {longest} tokens, found {tokens.shape[1]}")
+            return alone | {"question": tokens, "question_mask": mask}
         if tokens is None:
             return alone
         tokens = np.array(tokens)
@@ -107,4 +110,7 @@ class Writing:
 
 
 def _real(tokens: np.ndarray, mask: Any) -> np.ndarray:
-    return np.ones(tokens.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    if tokens.ndim != 2 or not tokens.shape[1] or mask.shape != tokens.shape:
+        raise UserError(f"tokens: expected [B, L] with a mask of this shape, found {tokens.shape} and {mask.shape}")
+    return mask
