@@ -43,7 +43,7 @@ def case(dtype="float32", size=32):
     rng = np.random.default_rng(0)
     image, text = unit(rng, size, 12), unit(rng, size, 12)
     arrays = (jnp.asarray(image, dtype), jnp.asarray(text, dtype), jnp.float32(20.0))
-    value, gradients = jax.value_and_grad(lambda *a: 3.0 * plain(*a), argnums=(0, 1, 2))(*arrays)
+    value, gradients = jax.jit(jax.value_and_grad(lambda *a: 3.0 * plain(*a), argnums=(0, 1, 2)))(*arrays)
     return arrays, value, gradients
 
 
@@ -93,7 +93,7 @@ def test_weighted_pairs_and_constant_candidates(shape, form, candidates, monkeyp
     arrays, _, _ = case()
     shares = np.random.default_rng(1).random(32).astype(np.float32)
     shares[[3, 17]] = 0
-    expected = jax.value_and_grad(weighted, argnums=(0, 1, 2))(*arrays, shares, candidates)
+    expected = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)), static_argnums=4)(*arrays, shares, candidates)
 
     def loss(*a):
         return losses.contrastive(*a, weights=shares, candidate_gradients=candidates, form=form)

@@ -8,7 +8,7 @@ import pytest
 from vlm.data.block_masking import BlockSettings, block_mask
 from vlm.errors import UserError
 
-DRAWS = 20_000
+DRAWS = 5_000
 
 
 def test_published_statistics():

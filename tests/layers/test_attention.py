@@ -8,6 +8,8 @@ import torch
 
 from vlm.layers import attention, cache, masks, positions
 
+from ..quick import apply, random_params
+
 
 def _qkv(heads: int, kv_heads: int, length: int = 5, keys: int = 7, width: int = 8) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(0)
@@ -77,18 +79,18 @@ def test_cached_steps_equal_the_full_pass(qk_norm):
     """Prefill of three positions, then one at a time, gives what one causal pass over all gives."""
     module = attention.Attention(num_heads=4, head_dim=8, num_kv_heads=2, qk_norm=qk_norm)
     x = jax.random.normal(jax.random.key(0), (2, 6, 32))
-    params = module.init(jax.random.key(1), x)
+    params = {"params": random_params(module, x)}
 
-    def run(part, start, mask, buffer):
-        where = jnp.broadcast_to(jnp.arange(start, start + part.shape[1]), part.shape[:2])
+    @jax.jit
+    def run(part, where, mask, buffer):
         return module.apply(params, part, mask, rotary=positions.rotary_tables(where, 8), cache=buffer)
 
-    full, _, _ = run(x, 0, masks.causal_mask(6), None)
+    full, _, _ = run(x, jnp.broadcast_to(jnp.arange(6), (2, 6)), masks.causal_mask(6), None)
     buffer = cache.Cache.empty(2, 9, num_kv_heads=2, head_dim=8)
     outputs = []
     for start, stop in [(0, 3), (3, 4), (4, 5), (5, 6)]:
-        mask = masks.cached_mask(jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start)), buffer.slots)
-        output, buffer, _ = run(x[:, start:stop], start, mask, buffer)
+        where = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
+        output, buffer, _ = run(x[:, start:stop], where, masks.cached_mask(where, buffer.slots), buffer)
         outputs.append(output)
     assert int(buffer.index) == 6
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), full, atol=1e-5)
@@ -97,19 +99,20 @@ def test_cached_steps_equal_the_full_pass(qk_norm):
 def test_cross_attention_with_projected_keys_and_values():
     module = attention.Attention(num_heads=4, head_dim=8, out_features=16)
     x, context = jax.random.normal(jax.random.key(0), (2, 3, 16)), jax.random.normal(jax.random.key(1), (2, 5, 24))
-    params = module.init(jax.random.key(2), x, context=context)
-    output, keys_values, weights = module.apply(params, x, context=context, output_attentions=True)
+    params = random_params(module, x, context=context)
+    output, keys_values, weights = apply(module, params, x, context=context, output_attentions=True)
     assert output.shape == (2, 3, 16) and weights.shape == (2, 4, 3, 5)
-    again, _, _ = module.apply(params, x, keys_values=keys_values)
+    again, _, _ = apply(module, params, x, keys_values=keys_values)
     np.testing.assert_allclose(again, output, atol=1e-6)
 
 
 def test_attention_dropout_keeps_the_expectation():
     module = attention.Attention(num_heads=2, head_dim=4, dropout_rate=0.5)
     x = jax.random.normal(jax.random.key(0), (1, 6, 8))
-    params = module.init(jax.random.key(1), x)
-    plain = module.apply(params, x)[0]
+    params = {"params": random_params(module, x)}
+    plain = jax.jit(module.apply)(params, x)[0]
     keys = jax.random.split(jax.random.key(2), 4000)
-    dropped = jax.vmap(lambda key: module.apply(params, x, deterministic=False, rngs={"dropout": key})[0])(keys)
+    run = lambda key: module.apply(params, x, deterministic=False, rngs={"dropout": key})[0]  # noqa: E731
+    dropped = jax.jit(jax.vmap(run))(keys)
     assert np.abs(dropped[0] - plain).max() > 1e-3
     np.testing.assert_allclose(dropped.mean(0), plain, atol=5 * float(dropped.std() / 4000**0.5) + 1e-4)

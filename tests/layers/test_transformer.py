@@ -12,6 +12,8 @@ from vlm.layers import masks
 from vlm.layers.cache import Cache
 from vlm.layers.transformer import LayerInput, TransformerBlock, scan_layers
 
+from ..quick import random_params
+
 SIZES = {"num_heads": 2, "head_dim": 8, "mlp_dim": 32, "activation": "gelu", "norm_eps": 1e-5}
 
 
@@ -27,22 +29,20 @@ class Stack(nn.Module):
 
 
 def _init(**options):
-    x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 16)), jnp.float32)
     model = Stack(options)
-    params = nn.unbox(model.init(jax.random.key(1), x))
-    noise = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
-    return model, noise, x
+    return model, {"params": random_params(model, x)}, x
 
 
 @pytest.mark.parametrize("options", [{}, {"pre_norm": False}, {"norm": "rms", "gated_mlp": True, "activation": "silu"}])
 def test_scan_equals_layers_one_by_one(options):
     model, params, x = _init(**options)
     mask = masks.padding_mask(jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool))
-    found = model.apply(params, x, mask, output_hidden_states=True, output_attentions=True)
+    found = jax.jit(partial(model.apply, output_hidden_states=True, output_attentions=True))(params, x, mask)
     block, hidden, states, weights = TransformerBlock(**{**SIZES, **options}, output_attentions=True), x, [x], []
+    run = jax.jit(lambda layer, hidden: block.apply({"params": layer}, hidden, LayerInput(), mask))
     for i in range(3):
-        layer = jax.tree.map(lambda p, i=i: p[i], params["params"]["layers"])
-        hidden, output = block.apply({"params": layer}, hidden, LayerInput(), mask)
+        hidden, output = run(jax.tree.map(lambda p, i=i: p[i], params["params"]["layers"]), hidden)
         states.append(hidden)
         weights.append(output.attention)
     np.testing.assert_allclose(found.hidden, hidden, atol=1e-5)
@@ -58,7 +58,7 @@ def test_rematerialisation_changes_neither_value_nor_gradient(remat, unroll):
     model, params, x = _init()
 
     def run(**options):
-        return jax.value_and_grad(lambda p: jnp.square(model.apply(p, x, **options).hidden).sum())(params)
+        return jax.jit(jax.value_and_grad(lambda p: jnp.square(model.apply(p, x, **options).hidden).sum()))(params)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), run(), run(remat=remat, unroll=unroll)
@@ -78,7 +78,8 @@ def test_full_remat_keeps_fewer_bytes():
 
 def test_dropout_differs_between_layers_and_is_keyed():
     model, params, x = _init(dropout_rate=0.5)
-    run = lambda seed: model.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(seed)}).hidden  # noqa: E731
+    keyed = jax.jit(lambda key: model.apply(params, x, deterministic=False, rngs={"dropout": key}).hidden)
+    run = lambda seed: keyed(jax.random.key(seed))  # noqa: E731
     assert np.abs(run(0) - run(1)).max() > 1e-2
     np.testing.assert_array_equal(run(0), run(0))
 
@@ -87,25 +88,26 @@ def test_stochastic_depth_drops_whole_examples_at_the_linear_rates():
     """With rate 1 in the last layer, that layer is the identity; the first layer (rate 0) is always kept."""
     model, params, x = _init()
     flags = {"deterministic": False, "output_hidden_states": True, "drop_path_rate": 1.0}
-    states = model.apply(params, x, rngs={"dropout": jax.random.key(0)}, **flags).hidden_states
+    run = lambda key: model.apply(params, x, rngs={"dropout": key}, **flags).hidden_states  # noqa: E731
+    states = jax.jit(run)(jax.random.key(0))
     np.testing.assert_array_equal(states[3], states[2])
-    plain = model.apply(params, x, output_hidden_states=True).hidden_states
+    plain = jax.jit(partial(model.apply, output_hidden_states=True))(params, x).hidden_states
     np.testing.assert_allclose(states[1], plain[1], atol=1e-6)
 
-    changed = jax.vmap(
-        lambda key: jnp.abs(jnp.diff(model.apply(params, x, rngs={"dropout": key}, **flags).hidden_states[1:3], axis=0))
-    )(jax.random.split(jax.random.key(3), 500)).max((1, 3, 4))
+    many = jax.jit(jax.vmap(lambda key: jnp.abs(jnp.diff(run(key)[1:3], axis=0)).max((0, 2, 3))))
+    changed = many(jax.random.split(jax.random.key(3), 500))
     assert abs(float((changed == 0).mean()) - 0.25) < 0.05  # both branches of the middle layer dropped: 0.5²
 
 
 def test_stacked_cache_equals_the_full_pass():
     model, params, x = _init(num_kv_heads=1)
-    full = model.apply(params, x, masks.causal_mask(5)).hidden
+    full = jax.jit(model.apply)(params, x, masks.causal_mask(5)).hidden
+    step = jax.jit(lambda part, mask, cache: model.apply(params, part, mask, cache=cache))
     cache = jax.tree.map(lambda x: jnp.stack([x] * 3), Cache.empty(2, 8, 1, 8))
     outputs = []
     for i in range(5):
         mask = masks.cached_mask(jnp.full((2, 1), i), 8)
-        output = model.apply(params, x[:, i : i + 1], mask, cache=cache)
+        output = step(x[:, i : i + 1], mask, cache)
         cache = output.cache
         outputs.append(output.hidden)
     np.testing.assert_array_equal(cache.index, [5, 5, 5])

@@ -17,6 +17,8 @@ from vlm.models.altclip import AltCLIP, AltCLIPConfig, example
 from vlm.models.altclip.loss import LossConfig, init_extra, loss
 from vlm.schema import Config, GroupConfig, OptimizerConfig
 
+from ...quick import apply, random_params
+
 TEXT = BertConfig(
     vocab_size=30, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=24, max_length=12, dropout_rate=0.0,
     attention_dropout_rate=0.0,
@@ -34,21 +36,20 @@ BATCH = {
 @pytest.fixture(scope="module")
 def model():
     module = AltCLIP(CONFIG)
-    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), **example(CONFIG)))["params"]
-    keys = iter(jax.random.split(jax.random.key(1), 200))
-    return module, jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
+    return module, random_params(module, **example(CONFIG))
 
 
 def _loss(model, batch, config, extra=None):
     module, params = model
-    return loss(module, params, extra or {}, batch, jax.random.key(2), config)
+    run = jax.jit(lambda params, extra, batch: loss(module, params, extra, batch, jax.random.key(2), config))
+    return run(params, extra or {}, batch)
 
 
 def test_masked_language_modelling_is_the_cross_entropy_of_all_logits(model):
     module, params = model
     labels = np.where(RNG.random((3, 6)) < 0.4, RNG.integers(0, 30, (3, 6)), -100)
     value, (metrics, _) = _loss(model, BATCH | {"labels": jnp.asarray(labels)}, LossConfig("lm"))
-    logits = module.apply({"params": params}, BATCH["tokens"], BATCH["mask"], method=module.lm_logits)
+    logits = apply(module, params, BATCH["tokens"], BATCH["mask"], method="lm_logits")
     likelihood = jax.nn.log_softmax(logits)[np.arange(3)[:, None], np.arange(6), np.maximum(labels, 0)]
     np.testing.assert_allclose(value, -np.asarray(likelihood)[labels >= 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["lm"], value)
@@ -57,12 +58,12 @@ def test_masked_language_modelling_is_the_cross_entropy_of_all_logits(model):
 def test_contrastive_equals_the_models_own_loss_and_locks_the_image(model):
     module, params = model
     value, (metrics, _) = _loss(model, BATCH, LossConfig())
-    expected = module.apply({"params": params}, **BATCH, return_loss=True).loss
+    expected = apply(module, params, **BATCH, return_loss=True).loss
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["logit_scale"], np.exp(params["logit_scale"]), rtol=1e-6)
 
     def gradient(config):
-        return jax.grad(lambda p: loss(module, p, {}, BATCH, jax.random.key(2), config)[0])(params)
+        return jax.jit(jax.grad(lambda p: loss(module, p, {}, BATCH, jax.random.key(2), config)[0]))(params)
 
     largest = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))  # noqa: E731
     locked, free = gradient(LossConfig()), gradient(LossConfig(lock_image=False))
@@ -77,14 +78,14 @@ def test_teacher_learning_is_the_mean_squared_error_to_the_teacher(model, target
         vocab_size=20, hidden_size=12, num_layers=1, num_heads=2, mlp_dim=16, max_length=9, eos_id=19
     )
     config = LossConfig("teacher_learning", target=target, teacher=teacher, teacher_projection_dim=8)
-    extra = nn.unbox(init_extra(module, params, jax.random.key(3), config))
+    extra = nn.unbox(jax.jit(lambda key: init_extra(module, params, key, config))(jax.random.key(3)))
     tokens = jnp.array([[1, 2, 19, 0], [1, 19, 0, 0], [1, 3, 4, 19]])
     batch = BATCH | {"teacher_tokens": tokens, "teacher_mask": tokens != 0}
     value, (_, after) = _loss(model, batch, config, extra)
     clip = AltCLIP(AltCLIPConfig(vision=None, text=None, clip_text=teacher, projection_dim=8))
     names = {"pooled": "encode_text_pooled", "projected": "encode_text"}
-    wanted = clip.apply({"params": extra["teacher"]}, tokens, tokens != 0, method=getattr(clip, names[target]))
-    found = module.apply({"params": params}, BATCH["tokens"], BATCH["mask"], method=getattr(module, names[target]))
+    wanted = apply(clip, extra["teacher"], tokens, tokens != 0, method=names[target])
+    found = apply(module, params, BATCH["tokens"], BATCH["mask"], method=names[target])
     assert wanted.shape == (3, width)
     np.testing.assert_allclose(value, np.square(np.asarray(found) - np.asarray(wanted)).mean(), rtol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, after, extra)

@@ -17,6 +17,8 @@ from vlm.encoders.vit import ViTConfig
 from vlm.models.altclip import example
 from vlm.models.altclip.model import AltCLIP, AltCLIPConfig
 
+from ...quick import apply, random_params
+
 TEXT = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT |= {"max_position_embeddings": 24, "project_dim": 24, "pad_token_id": 1}
 VISION = {"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 56}
@@ -60,14 +62,14 @@ def _compare(found, expected):
                 np.testing.assert_allclose(getattr(ours, field), stacked, atol=1e-4, err_msg=f"{name}.{field}")
 
 
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("size", [None, (16, 8), (23, 41)])
+@pytest.mark.parametrize(("size", "masked"), [(None, True), (None, False), ((16, 8), True), ((23, 41), False)])
 def test_every_output_equals_hf(pair, masked, size):
     reference, model, params = pair
     image = _image(model.config.vision.image_size, *(size or ()))
     mask = TOKENS != 1
-    found = model.apply(
-        {"params": params},
+    found = apply(
+        model,
+        params,
         image=image,
         tokens=jnp.asarray(TOKENS),
         mask=jnp.asarray(mask) if masked else None,
@@ -97,9 +99,9 @@ def test_features_are_projected_and_not_normalised(pair):
         theirs = reference.get_image_features(pixel_values=pixels).pooler_output
         attention_mask = torch.tensor(mask.astype(int))
         text = reference.get_text_features(input_ids=torch.tensor(TOKENS), attention_mask=attention_mask).pooler_output
-    ours = model.apply({"params": params}, image, method=model.encode_image)
+    ours = apply(model, params, image, method="encode_image")
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    ours = model.apply({"params": params}, jnp.asarray(TOKENS), jnp.asarray(mask), method=model.encode_text)
+    ours = apply(model, params, TOKENS, mask, method="encode_text")
     np.testing.assert_allclose(ours, text, atol=1e-4)
     assert np.abs(np.linalg.norm(ours, axis=-1) - 1).max() > 1e-2
 
@@ -109,7 +111,7 @@ def test_given_embeddings_positions_and_types(pair):
     rng = np.random.default_rng(0)
     embeds = rng.normal(size=(2, 5, 32)).astype(np.float32)
     positions, types = rng.integers(2, 24, (2, 5)), np.zeros((2, 5), int)
-    found = model.apply({"params": params}, token_embeds=embeds, positions=positions, token_types=types)
+    found = apply(model, params, token_embeds=embeds, positions=positions, token_types=types)
     with torch.no_grad():
         given = {"position_ids": torch.tensor(positions), "token_type_ids": torch.tensor(types)}
         expected = reference.text_model(inputs_embeds=torch.tensor(embeds), **given)
@@ -125,7 +127,7 @@ def test_gradients_of_the_loss_equal_hf(pair):
         batch = {"image": image, "tokens": jnp.asarray(TOKENS), "mask": jnp.asarray(mask)}
         return model.apply({"params": params}, **batch, return_loss=True).loss
 
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     reference.zero_grad()
     reference(
         input_ids=torch.tensor(TOKENS),
@@ -154,20 +156,19 @@ SMALL = AltCLIPConfig(
 
 def _init(config):
     model = AltCLIP(config)
-    params = jax.jit(model.init)(jax.random.key(0), **example(config))["params"]
-    return model, jax.tree.map(lambda x: x + 0.1, nn.unbox(params))
+    return model, random_params(model, **example(config))
 
 
 def test_token_level_conditioning_follows_its_definition():
     model, params = _init(dataclasses.replace(SMALL, text_transformation_pre=True))
     tokens, mask = jnp.array([[0, 5, 6, 2]]), jnp.ones((1, 4), bool)
-    states = model.apply({"params": params}, tokens=tokens, mask=mask, output_hidden_states=True)
+    states = apply(model, params, tokens=tokens, mask=mask, output_hidden_states=True)
     states = np.asarray(states.text_model_output.hidden_states)
     params = jax.tree.map(np.asarray, params)
     linear = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]  # noqa: E731
-    last = model.apply({"params": params}, tokens, mask, method=model.encode_tokens)
+    last = apply(model, params, tokens, mask, method="encode_tokens")
     np.testing.assert_allclose(last, linear("text_transformation", states[-1]), atol=1e-5)
-    found = model.apply({"params": params}, tokens, mask, layer="penultimate", method=model.encode_tokens)
+    found = apply(model, params, tokens, mask, layer="penultimate", method="encode_tokens")
     x = states[-2]
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     normed = normed * params["text_norm"]["scale"] + params["text_norm"]["bias"]
@@ -181,15 +182,15 @@ def test_towers_stand_alone():
     tokens, image = jnp.array([[0, 5, 2]]), jnp.zeros((1, 8, 8, 3))
     text, params = _init(dataclasses.replace(SMALL, vision=None))
     assert set(params) == {"text", "text_norm", "text_transformation", "text_projection"}
-    assert text.apply({"params": params}, tokens=tokens).text_embeds.shape == (1, 8)
+    assert apply(text, params, tokens=tokens).text_embeds.shape == (1, 8)
     vision, params = _init(dataclasses.replace(SMALL, text=None, projection_dim=None))
     assert set(params) == {"vision"}
-    output = vision.apply({"params": params}, image=image)
+    output = apply(vision, params, image=image)
     assert output.image_embeds is None and output.vision_model_output.last_hidden_state.shape == (1, 5, 16)
     clip = ClipTextConfig(vocab_size=30, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=24, eos_id=2)
     plain, params = _init(dataclasses.replace(SMALL, text=None, clip_text=clip))
     assert set(params) == {"vision", "vision_projection", "text", "text_projection", "logit_scale"}
-    assert plain.apply({"params": params}, image=image, tokens=tokens).logits_per_text.shape == (1, 1)
+    assert apply(plain, params, image=image, tokens=tokens).logits_per_text.shape == (1, 1)
     with pytest.raises(ValueError, match="found none"):
         AltCLIPConfig(vision=None, text=None)
     with pytest.raises(ValueError, match=r"\['text', 'clip_text'\]"):
@@ -220,6 +221,6 @@ def test_bfloat16_stays_close():
         )
     )
     batch = {"image": jnp.asarray(_image(8)), "tokens": jnp.asarray(TOKENS), "mask": jnp.asarray(TOKENS != 1)}
-    a, b = (m.apply({"params": params}, **batch) for m in (model, half))
+    a, b = (apply(m, params, **batch) for m in (model, half))
     assert b.vision_model_output.last_hidden_state.dtype == jnp.bfloat16 and b.text_embeds.dtype == jnp.float32
     np.testing.assert_allclose(a.text_embeds, b.text_embeds, atol=0.05)
