@@ -10,6 +10,7 @@ import transformers
 from vlm.models.flava.model import FLAVA
 from vlm.tree import unflatten
 
+from . import published
 from .small import architecture
 
 ENCODER = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 36}
@@ -96,3 +97,27 @@ def pair(randomise):
 def params_of(reference):
     """Our parameters of a Hugging Face model."""
     return our_tree({k: v for k, v in reference.state_dict().items() if not re.fullmatch(r"\w+_head\.bias", k)})
+
+
+@pytest.fixture(scope="session")
+def models(randomise):
+    """A small random model of every class; the joint one without heads has three different widths."""
+    odd = {
+        "image_config": published.IMAGE | {"hidden_size": 24},
+        "multimodal_config": published.ENCODER | {"hidden_size": 12},
+    }
+    configs = {
+        "FlavaForPreTraining": published.full_config(),
+        "FlavaModel": published.full_config(**odd),
+        "FlavaTextModel": transformers.FlavaTextConfig(**published.TEXT),
+        "FlavaImageModel": transformers.FlavaImageConfig(**published.IMAGE, qkv_bias=False, mask_token=False),
+        "FlavaMultimodalModel": transformers.FlavaMultimodalConfig(**published.ENCODER),
+        "FlavaImageCodebook": transformers.FlavaImageCodebookConfig(**published.CODEBOOK),
+    }
+    return {name: randomise(getattr(transformers, name)(configs[name]), scale=0.2) for name in published.CLASSES}
+
+
+@pytest.fixture(scope="session")
+def expected(models):
+    """What Hugging Face's file of the pretraining model gives."""
+    return published.read(published.lazy(models["FlavaForPreTraining"].state_dict()), published.full_config().to_dict())
