@@ -53,6 +53,16 @@ def test_captions(run, tmp_path):
     assert found == {"task": "captions", "rouge_l": found["rouge_l"], "n": 4, "missing": "error"}
 
 
+def test_half_a_surrogate_pair_is_escaped(run, tmp_path):
+    results = [{"image_id": 0, "caption": "a \ud800 é"}, *RESULTS[1:]]
+    files = {"results": results, "annotations": {"images": IMAGES, "annotations": CAPTIONS}}
+    assert run("captions", f"--output={tmp_path / 'o.json'}", **files)[0] == 0
+    written = (tmp_path / "o.json").read_bytes()
+    assert json.loads(written)["examples"][0]["caption"] == "a \ud800 é" and "é".encode() in written
+    status, _, err = run("captions", "--metrics=", **files)
+    assert status == 2 and "no caption metric ''" in err
+
+
 def test_captions_by_domain(run, tmp_path):
     names = ["in-domain", "in-domain", "out-domain", "out-domain"]
     images = [image | {"domain": name} for image, name in zip(IMAGES, names, strict=True)]
@@ -112,6 +122,10 @@ def test_nlvr2(run):
     assert found == {"task": "nlvr2", "accuracy": 0.75, "consistency": 0, "n": 4, "sentences": 1}
     status, _, err = run("nlvr2", results="dev-1-0-0,True", annotations=labels)
     assert status == 2 and "3 of 4 example ids have no result" in err
+    plain = [{"sentence": f"s{i // 2}", "label": "True", "images": ["0.png", "1.png"]} for i in range(4)]
+    results = [{"identifier": f"annotations.json:{i + 1}", "prediction": i > 0} for i in range(4)]
+    found = run("nlvr2", results=results, annotations=plain)[1]
+    assert found == {"task": "nlvr2", "accuracy": 0.75, "consistency": 0.5, "n": 4, "sentences": 2}
 
 
 def test_retrieval(run, tmp_path):

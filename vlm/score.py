@@ -86,17 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics, examples = _TASKS[options.task](options)
         metrics = {"task": options.task, **metrics}
         if options.output:
-            content = json.dumps({**metrics, "examples": examples}, ensure_ascii=False, allow_nan=False, indent=1)
-            write_atomically(options.output, content.encode() + b"\n")
-    print(json.dumps(metrics, ensure_ascii=False, allow_nan=False))
+            write_atomically(options.output, _json({**metrics, "examples": examples}, indent=1) + b"\n")
+    print(_json(metrics).decode())
     return 0
+
+
+def _json(value: Any, **options: Any) -> bytes:
+    """UTF-8; halves of surrogate pairs, which it cannot hold, are escaped."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, **options).encode(errors="backslashreplace")
 
 
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 def _captions(options: argparse.Namespace) -> Outcome:
-    chosen = options.metrics.split(",") if options.metrics else captions.DEFAULT
+    chosen = captions.DEFAULT if options.metrics is None else options.metrics.split(",")
     references: dict[Any, list[str]] = {}
     domains: dict[Any, str] = {}
     for entry in options.annotations:
@@ -156,11 +160,11 @@ def _vqa(options: argparse.Namespace) -> Outcome:
 
 
 def _nlvr2(options: argparse.Namespace) -> Outcome:
-    labels = files.nlvr2_labels(Path(options.annotations[0]))
+    labels, sentences = files.nlvr2_labels(Path(options.annotations[0]))
     predictions = files.nlvr2_predictions(Path(options.results))
     _check_ids(predictions, labels, "example", missing="error")
-    metrics = nlvr2.score(predictions, labels)
-    counts = {"n": len(labels), "sentences": len(set(map(nlvr2.sentence, labels)))}
+    metrics = nlvr2.score(predictions, labels, sentences)
+    counts = {"n": len(labels), "sentences": len(set(sentences.values()))}
     rows = [
         {"identifier": name, "prediction": predictions[name], "correct": predictions[name] == label}
         for name, label in labels.items()

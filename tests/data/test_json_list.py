@@ -44,6 +44,7 @@ def test_training_captions(folder, options):
     assert [row["image"] for row in rows] == [row["image"].encode() for row in TRAIN]
     assert [row["image_number"] for row in rows] == [0, 1, 2, 0]
     assert rows[3]["key"] == "d.json:4" and rows[3]["image_id"] == "coco_2"
+    assert [row["image_file"] for row in rows] == [row["image"] for row in TRAIN]
 
 
 def test_image_numbers_go_on_over_files(folder):
@@ -69,7 +70,7 @@ def test_questions_as_blip_ships_them(folder):
     vqa = {"question_id": 7, "question": "Who?", "answer": ["me"] * 10, "image": "a.jpg", "dataset": "vqa"}
     vg = {"image": "b.jpg", "question": "What?", "answer": "a cat", "dataset": "vg"}
     rows = all_of(JsonSource(write(folder, [vqa, vg])))
-    assert rows[0] == vqa | {"image": b"a.jpg", "key": "d.json:1"}
+    assert rows[0] == vqa | {"image": b"a.jpg", "image_file": "a.jpg", "key": "d.json:1"}
     assert rows[1]["answer"] == "a cat"
 
 
@@ -173,7 +174,11 @@ def test_vqa_questions_and_answers(folder):
         (1, "how?", ["a1"] * 10),
     ]
     assert rows[0]["image"] == b"9" and rows[0]["answer_type"] == "other"
-    assert "answer" not in JsonSource(path)[0]
+    assert "answer" not in JsonSource(path)[0] and "answers" not in rows[0]
+    records = [{"answer": "x", "answer_confidence": "yes"}] * 2
+    write(folder, {"annotations": [{"question_id": i, "answers": records} for i in (1, 2)]}, "answers.json")
+    row = JsonSource(path, annotations=answer_path)[0]
+    assert row["answer"] == ["x", "x"] and row["answers"] == records
     for identities, message in (
         ((2,), "questions record 2: question_id 1 has no answers"),
         ((1, 2, 3), "answers.json: question_id 3 is not among the questions"),

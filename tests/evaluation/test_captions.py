@@ -7,7 +7,6 @@ import pytest
 
 from vlm import evaluation
 from vlm.errors import UserError
-from vlm.evaluation.captions import image_number
 from vlm.evaluation.metrics import captions, files
 from vlm.evaluation.writing import generation_config
 from vlm.generation import generate, prepare
@@ -90,11 +89,44 @@ def test_presets():
         generation_config("coco", {"num_beam": 2}, "g")
 
 
-def test_image_numbers():
-    assert image_number("val2014/COCO_val2014_000000391895.jpg", "k") == 391895
-    assert [image_number(x, "k") for x in (7, "0012", "beach.jpg")] == [7, 12, "beach"]
-    with pytest.raises(UserError, match="expected an image id"):
-        image_number(1.5, "k")
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (["val2014/COCO_val2014_000000391895.jpg", "val2014/COCO_val2014_000000522418.jpg"], [391895, 522418]),
+        (["a/1.jpg", "b/1.jpg"], ["a/1.jpg", "b/1.jpg"]),
+    ],
+)
+def test_ids_of_files_are_those_that_the_score_command_reads(tmp_path, names, ids):
+    """Karpathy's lists as BLIP ships them have no ids: COCO's number is in the file's name."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"picture")
+    records = [{"image": name, "caption": [f"a {name}", "a dog"]} for name in names]
+    (tmp_path / "test.json").write_text(json.dumps(records))
+    spec = {"kind": "captions", "data": {"kind": "json", "path": str(tmp_path / "test.json")}}
+    evaluator = evaluation.prepare({"c": spec}).evaluators["c"][0]
+    notes = [{"index": i} | evaluator.note(evaluator.source[i]) for i in range(2)]
+    found = evaluator._result(notes, ["a dog", "a cat"])
+    assert [row["image_id"] for row in found.official] == ids
+    (tmp_path / "results.json").write_text(json.dumps(found.official))
+    references = files.caption_references(tmp_path / "test.json").captions
+    again = captions.score(files.caption_results(tmp_path / "results.json"), references)
+    assert list(references) == ids and again.metrics["rouge_l"] == found.metrics["rouge_l"] > 0
+
+
+def test_own_ids_come_before_those_of_files(tmp_path):
+    """As in NoCaps' lists (`img_id`) and where a setting names the field."""
+    (tmp_path / "7.jpg").write_bytes(b"picture")
+    (tmp_path / "val.json").write_text(
+        json.dumps([{"image": "7.jpg", "caption": "a", "img_id": "03", "name": "x9.jpg"}])
+    )
+    for setting, expected in ((None, 3), ("name", 9), ("img_id", 3)):
+        data = {"kind": "json", "path": str(tmp_path / "val.json")}
+        evaluator = evaluation.prepare({"c": {"kind": "captions", "data": data, "image_id": setting}}).evaluators["c"][
+            0
+        ]
+        assert evaluator.note(evaluator.source[0])["image_id"] == expected
+    assert list(files.caption_references(tmp_path / "val.json").captions) == [3]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,29 @@ def test_an_answer_longer_than_the_decoder_reads_is_named(tiny_blip):
         Ranker.of(embedder, ["yes", "a " * longest])
 
 
+@pytest.mark.parametrize("ids", ["as_is", "distinct"])
+def test_annotators_count_as_the_score_command_counts_them(scenes_folder, tmp_path, ids):
+    """VizWiz' answers have no ids: equal records are one annotator's, unless told otherwise."""
+    picture = next((scenes_folder / "images").iterdir())
+    questions = {"questions": [{"question_id": i, "question": "what?", "image_id": picture.stem} for i in (4, 9)]}
+    people = [[{"answer": text, "answer_confidence": "yes"} for text in row] for row in (["a"] * 9 + ["b"], ["c"] * 10)]
+    records = {"annotations": [{"question_id": i, "answers": row} for i, row in zip((4, 9), people, strict=True)]}
+    for name, content in (("questions", questions), ("annotations", records)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    fields = {"image": "{image_id}" + picture.suffix, "question": "question", "question_id": "question_id"}
+    fields |= {"answer": "answer", "answers": "answers"}
+    data = {"kind": "json", "path": str(tmp_path / "questions.json"), "annotations": str(tmp_path / "annotations.json")}
+    data |= {"fields": fields, "root": str(picture.parent)}
+    evaluator = evaluation.prepare({"q": {"kind": "vqa", "data": data, "answer_ids": ids}}).evaluators["q"][0]
+    notes = [{"index": i} | evaluator.note(evaluator.source[i]) for i in range(2)]
+    result = evaluator._result([note | {"answer": answer} for note, answer in zip(notes, "ac", strict=True)])
+    (tmp_path / "results.json").write_text(json.dumps(result.official))
+    annotations = files.vqa_annotations(tmp_path / "annotations.json")
+    again = vqa.score(files.vqa_results(tmp_path / "results.json"), annotations, answer_ids=ids)
+    assert result.metrics["accuracy"] == pytest.approx(again.accuracy / 100, abs=1e-6)
+    assert result.metrics["accuracy"] == pytest.approx({"as_is": 0.05, "distinct": 1.0}[ids])
+
+
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [

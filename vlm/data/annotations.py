@@ -7,7 +7,8 @@
     NLVR2's train.json, dev.json, test1.json, … (JSON Lines): {identifier, sentence, label[, directory]} a line
 
 A record has `image` (a relative path, where the file tells it) and `image_id`; captions are a list under `caption`, of
-questions there are `question`, `question_id` and, where given, `answer` (a list), `question_type`, `answer_type`.
+questions there are `question`, `question_id` and, where given, `answer` (a list), `question_type`, `answer_type`; and
+where nothing but their whole records tells those who answered apart, these under `answers`.
 """
 
 from __future__ import annotations
@@ -184,6 +185,8 @@ def _read_answers(path: str) -> dict[Any, Record]:
         given = [_get(answer, "answer", where) for answer in _get(element.value, "answers", where)]
         kinds = {key: element.value[key] for key in ("question_type", "answer_type") if key in element.value}
         known[identity] = {"answer": given, **kinds}
+        if not all("answer_id" in answer for answer in element.value["answers"]):
+            known[identity]["answers"] = element.value["answers"]
     return known
 
 

@@ -32,7 +32,8 @@ class JsonSource:
 
     Args:
         path: files (see `shards.expand`), each a list of objects or of a form that `annotations.py` knows.
-        fields: see `fields.FieldMap`. `image` names an image file, or several as a list.
+        fields: see `fields.FieldMap`. `image` names an image file, or several as a list; one file's name as the record
+            has it is kept as `image_file`.
         where: field -> value, or a tuple of values; only such records are used: {"split": ("train", "restval")}.
         each: a field that holds a list; every element makes an example of its own: "caption".
         number: a field by whose values, in order of first appearance over all files, examples get a consecutive
@@ -101,6 +102,8 @@ class JsonSource:
         if identity >= 0:
             example["image_number"] = identity
         if "image" in example:
+            if isinstance(example["image"], str):
+                example.setdefault("image_file", example["image"])
             example["image"] = self._images[shard].read(example["image"], where)
         return example
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from vlm.data.source import Source
 from vlm.data.text import clean_caption
-from vlm.errors import UserError
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.evaluator import Result, Sampling, field, open_task
 from vlm.evaluation.feed import Advance, Note, pictures_of
 from vlm.evaluation.image_text import texts_of
 from vlm.evaluation.metrics import captions as scores
+from vlm.evaluation.metrics import files
 from vlm.evaluation.writing import Writer, check_writes, generation_config, prompt_rows
 from vlm.generation import GenerationConfig
 
-IMAGE_IDS = ("image_id", "img_id")
 MAX_WORDS = 1 << 20
 
 
@@ -33,7 +30,8 @@ class CaptionsConfig:
       data: a source whose examples have an image and, to be scored, a caption or several.
       captions: the field with them; None: captions are written and not scored (test sets).
       image_id: the field with a number, or a file name that ends in one; None: `image_id` or `img_id` where there is
-        one, otherwise the position. Examples with one id are one image with the captions of all.
+        one, otherwise the image's file (`vlm.evaluation.metrics.files.image_ids`), otherwise the position. Examples
+        with one id are one image with the captions of all.
       domain: the field with NoCaps' domain ("in-domain", …); scores are then also given for each.
       prompt: what captions begin with, not part of them; None: what the processor was trained with; "": nothing.
       preset: how to generate, as published for COCO or NoCaps, or "greedy"; see `vlm.evaluation.writing.PRESETS`.
@@ -110,9 +108,13 @@ class Captions:
         """Key, image id, captions and domain of an example."""
         config = self.config
         note: Note = {"key": str(example.get("key"))}
-        name = config.image_id or next((name for name in IMAGE_IDS if example.get(name) is not None), None)
-        if name is not None:
-            note["image_id"] = image_number(field(example, name), str(example.get("key")))
+        where = f"example {example.get('key')!r}"
+        if config.image_id is not None:
+            note["image_id"] = files.image_number(field(example, config.image_id), where)
+        elif (own := files.own_id(example, where)) is not None:
+            note["image_id"] = own
+        elif "image_file" in example:
+            note["image_file"] = str(example["image_file"])
         if config.captions is not None:
             note["captions"] = texts_of(example, config.captions)
         return note if config.domain is None else note | {"domain": str(field(example, config.domain))}
@@ -123,8 +125,10 @@ class Captions:
 
     def _result(self, notes: list[Note], written: list[str]) -> Result:
         by_id: dict[Any, Note] = {}
+        named = files.image_ids(note["image_file"] for note in notes if "image_file" in note)
         for note, text in zip(notes, written, strict=True):
-            first = by_id.setdefault(note.get("image_id", note["index"]), note | {"caption": text, "captions": []})
+            image = note.get("image_id", named.get(note.get("image_file", ""), note["index"]))
+            first = by_id.setdefault(image, note | {"caption": text, "captions": []})
             first["captions"] = [*first["captions"], *note.get("captions", ())]
         rows = [{"image_id": image, **row} for image, row in by_id.items()]
         details = {
@@ -174,21 +178,6 @@ class Captions:
             len(rows),
         )
         return metrics, intervals
-
-
-def image_number(value: Any, key: str) -> int | str:
-    """An image id: a number, or the last number in a file name; a name without number as it is.
-
-    Raises:
-      UserError: something else.
-    """
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return int(value)
-    if isinstance(value, str) and value:
-        stem = Path(value).stem
-        digits = re.findall(r"\d{1,18}", stem, re.ASCII)
-        return int(digits[-1]) if digits else stem
-    raise UserError(f"example {key!r}: expected an image id, a number or a file name, found {value!r:.60}")
 
 
 def _plain(text: str) -> str:

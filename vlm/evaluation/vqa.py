@@ -21,6 +21,7 @@ from vlm.evaluation.feed import Advance, Note
 from vlm.evaluation.heads import head_inputs
 from vlm.evaluation.image_text import texts_of
 from vlm.evaluation.metrics import vqa as metric
+from vlm.evaluation.metrics.files import answer_records
 from vlm.evaluation.writing import Writer, check_writes, generation_config, question_rows
 from vlm.generation import GenerationConfig
 
@@ -32,7 +33,8 @@ class VqaConfig:
     Attributes:
       data: a source whose examples have an image, a question and, to be scored, people's answers.
       question, answers, question_id: the fields; `answers` None: answers are given and not scored (test sets). Where
-        examples have no `question_id` it is their position.
+        examples have no `question_id` it is their position. People's answers are strings, or their official records,
+        which are taken from "answers" where an example has them there.
       mode: "generate", "rank" the answers of a list, or "classify": each output of the classifier is an answer.
       answer_list: a file with a JSON list of different answers, or the answers, to rank, or of the outputs; None with
         "classify": those of the processor.
@@ -191,7 +193,7 @@ class Vqa:
             details["generation"] = dataclasses.asdict(self.generation)
         cards = [
             {"index": row["index"], "asked": row["question"], "said": row["answer"], "correct": row.get("correct")}
-            | {"wanted": list(dict.fromkeys(row.get("answers", ())))}
+            | {"wanted": list(dict.fromkeys(person["answer"] for person in _people(row)))}
             for row in rows
         ]
         return Result(
@@ -213,8 +215,7 @@ class Vqa:
             "answer_ids": self.config.answer_ids,
         }
         for row in rows:
-            people = [{"answer": text, "answer_id": number} for number, text in enumerate(row["answers"], 1)]
-            row["accuracy"] = metric.accuracy(row["answer"], people, **modes)
+            row["accuracy"] = metric.accuracy(row["answer"], _people(row), **modes)
             row["correct"] = row["accuracy"] > 0
         values = np.array([row["accuracy"] for row in rows])
         metrics = {"accuracy": float(values.mean())}
@@ -227,9 +228,12 @@ class Vqa:
         )
 
 
-def _answers(example: Mapping[str, Any], name: str) -> list[str]:
-    """People's answers: strings, or the official records with an "answer"."""
-    value = field(example, name)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
-        value = [item.get("answer") for item in value]
-    return texts_of({"key": example.get("key"), name: value}, name)
+def _answers(example: Mapping[str, Any], name: str) -> list[Any]:
+    """People's answers: strings, or the official records."""
+    given = field(example, name), example.get("answers")
+    value = next((v for v in given[::-1] if isinstance(v, list) and v and isinstance(v[0], Mapping)), None)
+    return texts_of(example, name) if value is None else answer_records(value, f"example {example.get('key')!r}")
+
+
+def _people(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return answer_records(row["answers"], f"example {row['key']!r}") if "answers" in row else []

@@ -1,6 +1,7 @@
 """The official files, and what is said about broken ones."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -44,6 +45,18 @@ def test_reference_captions_of_three_formats(file):
     found = files.caption_references(file(KARPATHY), split="test")
     assert found.captions == {9: ["A dog."], 4: ["X", "Y"]} and found.domains == {}
     assert files.caption_references(file(LISTS)).captions == {42: ["a", "b"], 1007129816: ["c"]}
+    same = [{"image": "a/1.jpg", "caption": "a"}, {"image": "b/1.jpg", "caption": "b"}]
+    assert files.caption_references(file(same)).captions == {"a/1.jpg": ["a"], "b/1.jpg": ["b"]}
+
+
+def test_ids_of_images():
+    assert files.image_ids(["x/COCO_000042.jpg", "beach.jpg", "y_7_08.png"]) == {
+        "x/COCO_000042.jpg": 42, "beach.jpg": "beach", "y_7_08.png": 8
+    }  # fmt: skip
+    assert files.image_number("7" * 20, "k") == "7" * 20
+    for value in (1.5, True, "", None):
+        with pytest.raises(UserError, match="k: expected an id"):
+            files.image_number(value, "k")
 
 
 def test_which_texts_belong_to_which_image(file):
@@ -54,6 +67,9 @@ def test_which_texts_belong_to_which_image(file):
     assert (found.images, found.texts, found.text_image) == ([0, 2], [5, 1, 2], [0, 1, 1])
     found = files.retrieval_texts(file(COCO))
     assert (found.images, found.texts, found.text_image) == ([42, 7], [1, 3, 2], [0, 0, 1])
+    repeated = [{"image": name, "caption": name} for name in "aba"]
+    found = files.retrieval_texts(file(repeated))
+    assert (found.images, found.texts, found.text_image) == (["a", "b"], [0, 1, 2], [0, 1, 0])
 
 
 def test_results_and_annotations(file):
@@ -63,13 +79,17 @@ def test_results_and_annotations(file):
     assert files.vqa_annotations(file(official))[3]["answers"] == [{"answer": "x", "answer_id": 1}]
     plain = files.vqa_annotations(file([{"question_id": 3, "question": "?", "answer": ["x", "y"]}]))
     assert plain[3]["answers"] == [{"answer": "x", "answer_id": 1}, {"answer": "y", "answer_id": 2}]
+    assert files.vqa_annotations(file([{"question_id": 3, "answers": ["x", "y"]}]))[3]["answers"] == plain[3]["answers"]
     assert list(files.vqa_questions(file({"questions": [{"question_id": 3, "question": "?"}]}))) == [3]
 
 
 def test_nlvr2_files(file):
     lines = '{"identifier": "dev-1-0-0", "label": "True"}\n\n{"identifier": "dev-1-1-0", "label": "False"}\n'
     expected = {"dev-1-0-0": True, "dev-1-1-0": False}
-    assert files.nlvr2_labels(file(lines)) == expected
+    assert files.nlvr2_labels(file(lines)) == (expected, {"dev-1-0-0": "dev-1--0", "dev-1-1-0": "dev-1--0"})
+    plain = [{"sentence": "two dogs", "label": word, "images": ["0.png", "1.png"]} for word in ("True", "False")]
+    names = ["f.json:1", "f.json:2"]
+    assert files.nlvr2_labels(file(plain)) == ({names[0]: True, names[1]: False}, dict.fromkeys(names, "two dogs"))
     assert files.nlvr2_predictions(file("dev-1-0-0.png,true\ndev-1-1-0,False\n", "p.csv")) == expected
     as_list = [{"identifier": name, "prediction": truth} for name, truth in expected.items()]
     assert files.nlvr2_predictions(file(as_list)) == expected
@@ -89,6 +109,30 @@ def test_nlvr2_files(file):
             [{"image": "a.jpg", "caption": [3]}],
             "entry 0: expected 'caption', a string, found 3",
         ),
+        *[
+            (read, {"images": [{"split": "restval", "cocoid": 1, "sentences": found}]}, "'sentences', a list of obj")
+            for read in (
+                partial(files.caption_references, split="restval"),
+                partial(files.retrieval_texts, split="restval"),
+            )
+            for found in (5, None, ["a dog"])
+        ],
+        (
+            partial(files.caption_references, split="test"),
+            {"images": [row | {"cocoid": 9} for row in KARPATHY["images"]]},
+            "entry 2: 9 is there twice",
+        ),
+        *[
+            (partial(read, split="test"), content, "--split: .*f.json has no splits")
+            for read in (files.caption_references, files.retrieval_texts)
+            for content in (COCO, LISTS)
+        ],
+        (
+            files.vqa_annotations,
+            [{"question_id": 1, "answers": [{"answer": "x", "answer_id": [1]}]}],
+            r"id.*found \[1\]",
+        ),
+        (files.vqa_annotations, [{"question_id": 1, "answers": []}], "entry 0: expected 'answers'"),
         (files.caption_results, {"a": 1}, "expected a list, found dict"),
         (files.caption_results, [{"image_id": 1}], "entry 0: expected 'caption', found image_id"),
         (files.caption_results, [{"image_id": 1.5, "caption": "x"}], "an integer or a string, found 1.5"),
@@ -101,7 +145,7 @@ def test_nlvr2_files(file):
         (files.vqa_annotations, {"annotations": [{"question_id": 1}]}, "entry 0: expected 'answers'"),
         (files.vqa_annotations, {"annotations": [{"question_id": 1, "answers": [{}]}]}, "expected 'answer', a string"),
         (files.nlvr2_labels, '{"identifier": "a", "label": "yes"}', "line 1: expected True or False, found 'yes'"),
-        (files.nlvr2_labels, "[1]", "line 1: expected a JSON object, found list"),
+        (files.nlvr2_labels, "[1]", "entry 0: expected an object, found int"),
         (files.nlvr2_predictions, "dev-1-0-0", "line 1: expected identifier,prediction"),
         (files.nlvr2_predictions, "a,True\na,False", "line 2: 'a' is there twice"),
         (files.retrieval_texts, [], "holds no images"),

@@ -23,7 +23,7 @@ def test_a_sentence_is_consistent_when_all_its_pairs_are_right():
 
 def test_equals_the_official_tool(shared_data):
     golden = json.loads(gzip.decompress((shared_data / "goldens" / "nlvr2_dev.json.gz").read_bytes()))
-    labels = files.nlvr2_labels(shared_data / "nlvr2" / "dev.json")
+    labels, sentences = files.nlvr2_labels(shared_data / "nlvr2" / "dev.json")
     found = nlvr2.score({name: word == "True" for name, word in golden["predictions"]}, labels)
     expected = dict(line.split("=") for line in golden["stdout"].split())
     assert {name: str(value) for name, value in found.items()} == expected

@@ -6,6 +6,7 @@ Ids are compared as integers where they are written as such (`"000042"` is 42), 
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 
 from vlm.data.fields import parse_json
 from vlm.errors import UserError
+from vlm.evaluation.metrics.nlvr2 import sentence as sentence_name
 
 Id = int | str
 MAX_BYTES = 4 << 30
+IMAGE_IDS = ("image_id", "img_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,8 @@ def caption_references(path: Path, split: str | None = None) -> CaptionReference
     """Reads reference captions.
 
     Formats: COCO and NoCaps (`images`, `annotations`), Karpathy's original (`images` with `sentences` and `split`), and
-    lists of `{"image", "caption": [...]}`, whose image id is the number in the file name.
+    lists of `{"image", "caption": [...]}`, where images without an id of their own are called by their files
+    (`image_ids`).
 
     Args:
       split: the part to read, for Karpathy's original.
@@ -58,19 +62,22 @@ def caption_references(path: Path, split: str | None = None) -> CaptionReference
     captions: dict[Id, list[str]] = {}
     domains: dict[Id, str] = {}
     if isinstance(content, list):
-        for where, record in _records(content, path, "image", "caption"):
-            texts = record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
-            image = _image_number(_text(record, "image", where))
-            captions.setdefault(image, []).extend(_text({"caption": text}, "caption", where) for text in texts)
+        _no_split(path, split)
+        records = list(_records(content, path, "image", "caption"))
+        named = image_ids(_text(record, "image", where) for where, record in records)
+        for where, record in records:
+            own = own_id(record, where)
+            captions.setdefault(named[record["image"]] if own is None else own, []).extend(_captions(record, where))
     elif _karpathy(content):
         for where, record in _of_split(content, path, split):
-            image = record.get("cocoid", record.get("imgid"))
-            captions[_id(image, where)] = [_text(sentence, "raw", where) for sentence in record["sentences"]]
+            image = as_id(record.get("cocoid", record.get("imgid")), where)
+            _add(captions, image, [_text(sentence, "raw", where) for sentence in _sentences(record, where)], where)
     else:
+        _no_split(path, split)
         for where, record in _records(_list(content, "annotations", path), path, "image_id", "caption"):
-            captions.setdefault(_id(record["image_id"], where), []).append(_text(record, "caption", where))
+            captions.setdefault(as_id(record["image_id"], where), []).append(_text(record, "caption", where))
         for where, record in _records(_list(content, "images", path), path, "id"):
-            image = _id(record["id"], where)
+            image = as_id(record["id"], where)
             captions.setdefault(image, [])
             if "domain" in record:
                 domains[image] = _text(record, "domain", where)
@@ -97,16 +104,27 @@ def vqa_annotations(path: Path) -> dict[Id, dict[str, Any]]:
     found: dict[Id, dict[str, Any]] = {}
     records = content if isinstance(content, list) else _list(content, "annotations", path)
     for where, record in _records(records, path, "question_id"):
-        if "answers" not in record and isinstance(record.get("answer"), list):
-            answers = [{"answer": text, "answer_id": number} for number, text in enumerate(record["answer"], 1)]
-            record = record | {"answers": answers}
-        answers = record.get("answers")
-        if not isinstance(answers, list) or not answers or not all(isinstance(answer, Mapping) for answer in answers):
-            raise UserError(f"{where}: expected 'answers', a list of objects with 'answer'")
-        for answer in answers:
-            _text(answer, "answer", where)
-        _add(found, _id(record["question_id"], where), record, where)
+        answers = record.get("answers", record.get("answer") if isinstance(record.get("answer"), list) else None)
+        record = record | {"answers": answer_records(answers, where)}
+        _add(found, as_id(record["question_id"], where), record, where)
     return found
+
+
+def answer_records(answers: Any, where: str) -> list[dict[str, Any]]:
+    """People's answers to one question as official records; of plain strings every one is another annotator's.
+
+    Raises:
+      UserError: something else, or none; `where` names the question.
+    """
+    if not isinstance(answers, list) or not answers:
+        raise UserError(f"{where}: expected 'answers', a list of objects with 'answer', found {answers!r:.60}")
+    if all(isinstance(answer, str) for answer in answers):
+        return [{"answer": text, "answer_id": number} for number, text in enumerate(answers, 1)]
+    for answer in answers:
+        _text(answer, "answer", where)
+        if answer.get("answer_id") is not None:
+            as_id(answer["answer_id"], where)
+    return answers
 
 
 def vqa_questions(path: Path) -> dict[Id, dict[str, Any]]:
@@ -119,7 +137,7 @@ def vqa_questions(path: Path) -> dict[Id, dict[str, Any]]:
     found: dict[Id, dict[str, Any]] = {}
     records = content if isinstance(content, list) else _list(content, "questions", path)
     for where, record in _records(records, path, "question_id", "question"):
-        _add(found, _id(record["question_id"], where), record, where)
+        _add(found, as_id(record["question_id"], where), record, where)
     return found
 
 
@@ -128,14 +146,31 @@ def vqa_results(path: Path) -> dict[Id, str]:
     return _by_id(path, read_json(path), "question_id", "answer")
 
 
-def nlvr2_labels(path: Path) -> dict[str, bool]:
-    """Reads the official JSON lines, each with `identifier` and `label`; raises UserError for another format."""
-    found: dict[str, bool] = {}
+def nlvr2_labels(path: Path) -> tuple[dict[str, bool], dict[str, str]]:
+    """Reads the official JSON lines, each with `identifier` and `label`, or a list with `sentence` and `label`.
+
+    Returns:
+      {identifier: label} and {identifier: what names its sentence}. A list's examples are called by the file and their
+      number in it ("nlvr_dev.json:1" is the first), and their sentences by the text.
+
+    Raises:
+      UserError: another format.
+    """
+    labels: dict[str, bool] = {}
+    sentences: dict[str, str] = {}
+    data = _read(path)
+    if data.lstrip()[:1] == b"[":
+        for number, (where, record) in enumerate(_records(parse_json(data, str(path)), path, "sentence", "label"), 1):
+            name = str(record.get("identifier", f"{path.name}:{number}"))
+            _add(labels, name, _truth(record["label"], where), where)
+            sentences[name] = _text(record, "sentence", where)
+        return labels, sentences
     for where, record in _lines(path):
         for name in ("identifier", "label"):
             _text(record, name, where)
-        _add(found, record["identifier"], _truth(record["label"], where), where)
-    return found
+        _add(labels, record["identifier"], _truth(record["label"], where), where)
+        sentences[record["identifier"]] = sentence_name(record["identifier"])
+    return labels, sentences
 
 
 def nlvr2_predictions(path: Path) -> dict[str, bool]:
@@ -175,31 +210,66 @@ def retrieval_texts(path: Path, split: str | None = None) -> RetrievalTexts:
       UserError: as `caption_references`.
     """
     content = read_json(path)
-    pairs: list[tuple[Id, list[Id | None]]] = []
+    images: dict[Id, list[Id]] = {}
     if isinstance(content, list):
+        _no_split(path, split)
+        count = 0
         for where, record in _records(content, path, "image", "caption"):
-            texts = record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
-            pairs.append((_text(record, "image", where), [None] * len(texts)))
+            texts = _captions(record, where)
+            images.setdefault(_text(record, "image", where), []).extend(range(count, count + len(texts)))
+            count += len(texts)
     elif _karpathy(content):
         for where, record in _of_split(content, path, split):
-            texts = [_id(sentence.get("sentid"), where) for sentence in record["sentences"]]
-            pairs.append((_id(record.get("imgid"), where), list(texts)))
+            texts = [as_id(sentence.get("sentid"), where) for sentence in _sentences(record, where)]
+            _add(images, as_id(record.get("imgid"), where), texts, where)
     else:
-        images = {
-            _id(record["id"], where): [] for where, record in _records(_list(content, "images", path), path, "id")
-        }
+        _no_split(path, split)
+        for where, record in _records(_list(content, "images", path), path, "id"):
+            images.setdefault(as_id(record["id"], where), [])
         for where, record in _records(_list(content, "annotations", path), path, "image_id", "id"):
-            images.setdefault(_id(record["image_id"], where), []).append(_id(record["id"], where))
-        pairs = list(images.items())
-    texts = [text for _, row in pairs for text in row]
-    bare = [image for image, row in pairs if not row]
-    if bare or not pairs:
+            images.setdefault(as_id(record["image_id"], where), []).append(as_id(record["id"], where))
+    bare = [image for image, row in images.items() if not row]
+    if bare or not images:
         raise UserError(f"{path}: image {bare[0]!r} has no text" if bare else f"{path}: holds no images")
-    return RetrievalTexts(
-        [image for image, _ in pairs],
-        [number if text is None else text for number, text in enumerate(texts)],
-        [number for number, (_, row) in enumerate(pairs) for _ in row],
-    )
+    pairs = [(text, number) for number, row in enumerate(images.values()) for text in row]
+    if isinstance(content, list):
+        pairs.sort()  # back in the file's order, which is what texts are numbered by
+    return RetrievalTexts(list(images), [text for text, _ in pairs], [number for _, number in pairs])
+
+
+def own_id(record: Mapping[str, Any], where: str) -> Id | None:
+    """The id that a record or example gives its image, if any."""
+    name = next((name for name in IMAGE_IDS if record.get(name) is not None), None)
+    return None if name is None else as_id(record[name], where)
+
+
+def image_ids(names: Iterable[str]) -> dict[str, Id]:
+    """What images are called by their files: the last number in the name, as in COCO's, or the name without suffix.
+
+    Where that calls two files the same, as a/1.jpg and b/1.jpg, all are called by their paths as given.
+    """
+    found = {name: image_number(name, name) for name in names}
+    return found if len(set(found.values())) == len(found) else {name: name for name in found}
+
+
+def image_number(value: Any, where: str) -> Id:
+    """An id, or of a file's name the last number in it; a name without number without its suffix.
+
+    Raises:
+      UserError: something else; `where` says where.
+    """
+    if not isinstance(value, str) or not value:
+        return as_id(value, where)
+    stem = Path(value).stem
+    digits = re.findall(r"\d+", stem, re.ASCII)
+    return as_id(digits[-1], where) if digits else stem
+
+
+def as_id(value: Any, where: str) -> Id:
+    """An id as it is compared; raises UserError for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, str)) or value == "":
+        raise UserError(f"{where}: expected an id, an integer or a string, found {value!r:.60}")
+    return value if isinstance(value, str) and not re.fullmatch(r"\d{1,18}", value, re.ASCII) else int(value)
 
 
 def read_json(path: Path) -> Any:
@@ -249,6 +319,23 @@ def _karpathy(content: Any) -> bool:
     return bool(images) and isinstance(images, list) and isinstance(images[0], Mapping) and "sentences" in images[0]
 
 
+def _no_split(path: Path, split: str | None) -> None:
+    if split is not None:
+        raise UserError(f"--split: {path} has no splits, only Karpathy's original has")
+
+
+def _captions(record: Mapping[str, Any], where: str) -> list[str]:
+    texts = record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
+    return [_text({"caption": text}, "caption", where) for text in texts]
+
+
+def _sentences(record: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
+    found = record["sentences"]
+    if not isinstance(found, list) or not all(isinstance(sentence, Mapping) for sentence in found):
+        raise UserError(f"{where}: expected 'sentences', a list of objects, found {found!r:.80}")
+    return found
+
+
 def _of_split(content: Any, path: Path, split: str | None) -> list[tuple[str, dict[str, Any]]]:
     records = list(_records(content["images"], path, "sentences", "split"))
     splits = sorted({str(record["split"]) for _, record in records})
@@ -260,7 +347,7 @@ def _of_split(content: Any, path: Path, split: str | None) -> list[tuple[str, di
 def _by_id(path: Path, content: Any, key: str, value: str) -> dict[Id, str]:
     found: dict[Id, str] = {}
     for where, record in _records(content, path, key, value):
-        _add(found, _id(record[key], where), _text(record, value, where), where)
+        _add(found, as_id(record[key], where), _text(record, value, where), where)
     return found
 
 
@@ -268,18 +355,6 @@ def _add(found: dict[Any, Any], key: Id, value: Any, where: str) -> None:
     if key in found:
         raise UserError(f"{where}: {key!r} is there twice")
     found[key] = value
-
-
-def _id(value: Any, where: str) -> Id:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise UserError(f"{where}: expected an id, an integer or a string, found {value!r}")
-    return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,18}", value, re.ASCII) else value
-
-
-def _image_number(name: str) -> Id:
-    stem = Path(name).stem
-    digits = re.findall(r"\d+", stem, re.ASCII)
-    return _id(digits[-1], name) if digits else stem
 
 
 def _text(record: Mapping[str, Any], name: str, where: str) -> str:

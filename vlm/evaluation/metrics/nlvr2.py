@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from vlm.errors import UserError
 
 
-def score(predictions: Mapping[str, bool], labels: Mapping[str, bool]) -> dict[str, float]:
+def score(
+    predictions: Mapping[str, bool], labels: Mapping[str, bool], sentences: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """Returns `accuracy` and `consistency`, the share of sentences that are judged right with every pair of images.
 
     Args:
-      predictions, labels: {identifier: is the sentence true}. Identifiers are split-set-pair-sentence, as in
-        `dev-850-0-0`; examples that differ in the pair only have the same sentence. Every example needs a prediction.
+      predictions, labels: {identifier: is the sentence true}. Every example needs a prediction.
+      sentences: {identifier: what names its sentence}; None: identifiers are split-set-pair-sentence, as in
+        `dev-850-0-0`, and examples that differ in the pair only have the same sentence.
 
     Raises:
       UserError: no examples, an example without prediction, or an identifier of another form.
@@ -25,7 +28,7 @@ def score(predictions: Mapping[str, bool], labels: Mapping[str, bool]) -> dict[s
     for name, label in labels.items():
         right = predictions[name] == label
         correct += right
-        key = sentence(name)
+        key = sentence(name) if sentences is None else sentences[name]
         consistent[key] = consistent.get(key, True) and right
     return {"accuracy": correct / len(labels), "consistency": sum(consistent.values()) / len(consistent)}
 
