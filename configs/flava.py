@@ -75,6 +75,7 @@ GLUE = {  # learning rate, batch, steps, warm-up (RoBERTa's published settings),
     "qnli": (1e-5, 32, 33_112, 1986, 2),
     "rte": (2e-5, 16, 2036, 122, 2),
 }
+HELD_OUT = 20_000  # texts of the first source with which the text encoder's checkpoints are compared
 VQA = {
     "kind": "json",
     "path": ("data/vqa/vqa_train.json", "data/vqa/vqa_val.json"),
@@ -154,14 +155,16 @@ def _mim() -> ConfigDict:
     config.data.sources = tuple({**source, "fields": {"image": "jpg;png;webp"}} for source in config.data.sources)
     config.optimizer.groups = _frozen("codebook/.*|vision/pooler/.*")
     config.init = (CODEBOOK,)
+    imagenet = {"kind": "tfds", "path": "data/imagenet2012/5.1.0", "split": "validation", "fields": {"image": "image"}}
+    config.eval = _held_out(imagenet, max_masked_patches=75)
     return config
 
 
 def _mlm() -> ConfigDict:
     """The text encoder before pretraining (supplement): RoBERTa base's settings, 125,000 steps of 2048 texts.
 
-    The checkpoint should be the best on held-out texts. No evaluation measures the loss of hidden tokens: all of every
-    8,000 steps are kept, and `full` starts from the last.
+    The checkpoint should be that of the least `held_out/mlm`, the loss of hidden tokens of 20,000 texts that are not
+    learned from; one of every 8,000 steps is kept. `full` starts from the last.
     """
     config = _start("text", vision=None, fusion=None, codebook=None, projection_dim=None)
     config.model.text.update({"dropout_rate": 0.1, "attention_dropout_rate": 0.1})
@@ -170,7 +173,9 @@ def _mlm() -> ConfigDict:
     config.optimizer = _adamw(5e-4, schedule, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
     config.optimizer.groups = _frozen("text/pooler/.*")
     config.train.steps = 125_000
-    config.eval = {}
+    first, *others = config.data.sources
+    config.data.sources = ({**first, "split": f"[{HELD_OUT}:]"}, *others)
+    config.eval = _held_out({**first, "split": f"[:{HELD_OUT}]"}, max_masked_tokens=128)
     return config
 
 
@@ -254,6 +259,10 @@ def _zero_shot() -> dict:
     }
     data = {"kind": "tfds", "path": "data/imagenet2012/5.1.0", "split": "validation"}
     return {"imagenet": {"kind": "zero_shot", "data": data, **names}, **retrieval}
+
+
+def _held_out(data: dict, **loss: int) -> dict:
+    return {"held_out": {"kind": "losses", "data": data, "loss": loss, "batch_size": 256}}
 
 
 # ---------------------------------------------------------------------------------------------------------- fine-tuning

@@ -14,6 +14,8 @@ Params = Any
 Extra = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+COUNT = "count/"
+"""What a metric of evaluation begins with that says how many things another one is a mean over."""
 
 
 class Loss(Protocol):
@@ -27,6 +29,8 @@ class Loss(Protocol):
         Args:
           model: the family's module; params: its parameters; extra: other state (teacher, queue).
           batch: arrays as the processor makes them, on the mesh; rng: key of this step; config: the loss settings.
+            A batch with `valid` bool[B] is one of evaluation, which a family may offer: nothing is random, rows that
+            are not valid count nowhere, and beside each mean NAME there is "count/NAME".
         """
         ...
 

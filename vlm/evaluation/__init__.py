@@ -1,4 +1,4 @@
-"""Evaluation: zero-shot, retrieval, linear probe, embeddings, captions, answers, true or false, classifiers.
+"""Evaluation: zero-shot, retrieval, linear probe, embeddings, captions, answers, true or false, classifiers, losses.
 
     config.eval = {
         "imagenet_zh": {"kind": "zero_shot", "data": {source}, "classnames": FILE, "templates": FILE, "language": "zh"},
@@ -10,7 +10,9 @@
         "vqa": {"kind": "vqa", "data": {source}, "mode": "rank", "answer_list": FILE},
         "coco_retrieval": {"kind": "matching_retrieval", "data": {source}, "text": "caption", "shortlist": 256},
         "nlvr2": {"kind": "nlvr2", "data": {source}},
+        "visdial": {"kind": "visual_dialog", "data": {"kind": "visdial", "path": FILE, "annotations": FILE}},
         "mrpc": {"kind": "classification", "data": {source}, "text_pair": "text_pair", "metrics": ("accuracy", "f1")},
+        "held_out": {"kind": "losses", "data": {source}, "loss": {"max_masked_tokens": 128}},
     }
 
 `run` is what train.py and eval.py call. The mathematics of the metrics is in `classification`, `retrieval` and

@@ -12,7 +12,7 @@ from vlm.data.source import Source
 from vlm.errors import UserError, did_you_mean
 from vlm.evaluation import classification
 from vlm.evaluation.embed import Embedder
-from vlm.evaluation.evaluator import Result, Sampling, field, first_note, open_task, parse_class
+from vlm.evaluation.evaluator import Result, Sampling, Task, field, first_note, parse_class
 from vlm.evaluation.feed import Advance, Note, trace
 from vlm.evaluation.heads import INPUTS, has_head, head_inputs, head_scores
 from vlm.evaluation.image_text import texts_of
@@ -60,26 +60,10 @@ class ClassificationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """A prepared evaluation."""
 
     config: ClassificationConfig
-    source: Source
-
-    @classmethod
-    def prepare(cls, config: ClassificationConfig, path: str, limit: int | None = None) -> Classification:
-        """Opens the data and looks at its first label; raises UserError where one of them is wrong."""
-        return open_task(cls, config, path, limit)
-
-    @property
-    def size(self) -> int:
-        """Number of examples."""
-        return len(self.source)
-
-    @property
-    def uses_text(self) -> bool:
-        """Whether the text tower of a contrastive model is needed."""
-        return False
 
     def check(self, embedder: Embedder) -> None:
         """Traces the model on the first readable example; raises UserError where it cannot classify it."""

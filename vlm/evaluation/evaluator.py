@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from vlm.data.source import Source, Subset, open_source
 from vlm.errors import UserError, did_you_mean
@@ -94,15 +94,47 @@ def open_data(spec: Mapping[str, Any], path: str, limit: int | None = None) -> S
     return Subset(source, f"[0:{limit}]") if limit is not None and limit < len(source) else source
 
 
-def open_task(kind: Any, config: Any, path: str, limit: int | None, *more: Any) -> Any:
-    """`kind(config, source, *more)` over `config.data`, once its `note` has accepted the first readable example.
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What evaluations of one data set have in common; each declares its own type of `config`.
 
-    Raises:
-      UserError: the data cannot be opened, or hold something else than the evaluation needs.
+    Attributes:
+      config: the settings, of which `data` describes the source.
+      source: the data.
     """
-    task = kind(config, open_data(config.data, f"{path}.data", limit), *more)
-    first_note(task.source, task.note)
-    return task
+
+    config: Any
+    source: Source
+
+    @classmethod
+    def prepare(cls, config: Any, path: str, limit: int | None = None) -> Self:
+        """Opens the data and looks at its first example.
+
+        Raises:
+          UserError: one of them is wrong.
+        """
+        return cls._open(config, path, limit)
+
+    @classmethod
+    def _open(cls, config: Any, path: str, limit: int | None, *more: Any) -> Self:
+        """`cls(config, source, *more)`, once its `note` has accepted the first readable example."""
+        task = cls(config, open_data(config.data, f"{path}.data", limit), *more)
+        first_note(task.source, task.note)
+        return task
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(self.source)
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether the text tower of a contrastive model is needed."""
+        return False
+
+    def note(self, example: Mapping[str, Any]) -> Note:
+        """What is kept of an example: its key."""
+        return {"key": str(example.get("key"))}
 
 
 def images_key(spec: Mapping[str, Any], source: Source) -> str:

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from vlm.checkpoint.processes import from_primary, is_primary
-from vlm.data.source import Source
 from vlm.evaluation.embed import Advance, Embedder, Features, Note
-from vlm.evaluation.evaluator import Result, open_task
+from vlm.evaluation.evaluator import Result, Task
 from vlm.evaluation.image_text import texts_of
 
 
@@ -45,26 +44,11 @@ class ExtractConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Extract:
+class Extract(Task):
     """A prepared extraction; without a folder to write to it counts and measures only."""
 
     config: ExtractConfig
-    source: Source
     folder: Path | None = None
-
-    @classmethod
-    def prepare(cls, config: ExtractConfig, path: str, limit: int | None = None) -> Extract:
-        """Opens the data.
-
-        Raises:
-          UserError: it is wrong, or has no such texts.
-        """
-        return open_task(cls, config, path, limit)
-
-    @property
-    def size(self) -> int:
-        """Number of images."""
-        return len(self.source)
 
     @property
     def uses_text(self) -> bool:

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.source import Source
 from vlm.errors import UserError
 from vlm.evaluation import retrieval
 from vlm.evaluation.embed import Advance, Embedder, Note
-from vlm.evaluation.evaluator import Result, Sampling, field, images_key, open_task
+from vlm.evaluation.evaluator import Result, Sampling, Task, field, images_key
 
 SHOWN = 5
 
@@ -50,25 +49,10 @@ class RetrievalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Task):
     """A prepared retrieval evaluation."""
 
     config: RetrievalConfig
-    source: Source
-
-    @classmethod
-    def prepare(cls, config: RetrievalConfig, path: str, limit: int | None = None) -> Retrieval:
-        """Opens the data and looks at its first text.
-
-        Raises:
-          UserError: one of them is wrong.
-        """
-        return open_task(cls, config, path, limit)
-
-    @property
-    def size(self) -> int:
-        """Number of images."""
-        return len(self.source)
 
     @property
     def uses_text(self) -> bool:

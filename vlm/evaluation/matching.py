@@ -22,7 +22,7 @@ from vlm.errors import UserError
 from vlm.evaluation import retrieval
 from vlm.evaluation.captions import pixels
 from vlm.evaluation.embed import LENGTH_STEP, Embedder
-from vlm.evaluation.evaluator import Result, Sampling, open_task
+from vlm.evaluation.evaluator import Result, Sampling, Task
 from vlm.evaluation.feed import Advance, Feed, Note, blank_images, trace
 from vlm.evaluation.image_text import queries, rows_of, texts_of
 
@@ -62,21 +62,10 @@ class MatchingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MatchingRetrieval:
+class MatchingRetrieval(Task):
     """A prepared evaluation."""
 
     config: MatchingConfig
-    source: Source
-
-    @classmethod
-    def prepare(cls, config: MatchingConfig, path: str, limit: int | None = None) -> MatchingRetrieval:
-        """Opens the data and looks at its first text; raises UserError where one of them is wrong."""
-        return open_task(cls, config, path, limit)
-
-    @property
-    def size(self) -> int:
-        """Number of images."""
-        return len(self.source)
 
     @property
     def uses_text(self) -> bool:

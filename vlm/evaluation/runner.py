@@ -23,6 +23,7 @@ from vlm.evaluation.evaluator import Checks, Evaluator, Result
 from vlm.evaluation.extract import Extract, ExtractConfig
 from vlm.evaluation.image_text import Retrieval, RetrievalConfig
 from vlm.evaluation.linear_probe import LinearProbe, LinearProbeConfig
+from vlm.evaluation.losses import Losses, LossesConfig
 from vlm.evaluation.matching import MatchingConfig, MatchingRetrieval
 from vlm.evaluation.statements import Nlvr2, Nlvr2Config
 from vlm.evaluation.vqa import Vqa, VqaConfig
@@ -40,6 +41,7 @@ KINDS: dict[str, tuple[type, Any]] = {
     "matching_retrieval": (MatchingConfig, MatchingRetrieval),
     "nlvr2": (Nlvr2Config, Nlvr2),
     "classification": (ClassificationConfig, Classification),
+    "losses": (LossesConfig, Losses),
 }
 REPORT_SECONDS = 10.0
 

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm.data.source import Source
 from vlm.errors import UserError
 from vlm.evaluation import classification
 from vlm.evaluation.embed import Embedder
-from vlm.evaluation.evaluator import Result, Sampling, field, open_task, parse_class
+from vlm.evaluation.evaluator import Result, Sampling, Task, field, parse_class
 from vlm.evaluation.feed import Advance, Note, blank_images, pictures_of, trace
 from vlm.evaluation.heads import has_head, head_scores
 from vlm.evaluation.image_text import texts_of
@@ -48,26 +47,10 @@ class Nlvr2Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Nlvr2:
+class Nlvr2(Task):
     """A prepared evaluation."""
 
     config: Nlvr2Config
-    source: Source
-
-    @classmethod
-    def prepare(cls, config: Nlvr2Config, path: str, limit: int | None = None) -> Nlvr2:
-        """Opens the data and looks at its first statement; raises UserError where one of them is wrong."""
-        return open_task(cls, config, path, limit)
-
-    @property
-    def size(self) -> int:
-        """Number of statements."""
-        return len(self.source)
-
-    @property
-    def uses_text(self) -> bool:
-        """Whether the text tower of a contrastive model is needed."""
-        return False
 
     def check(self, embedder: Embedder) -> None:
         """Traces the model; raises UserError where it cannot judge statements."""

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vlm.data.source import Source
 from vlm.errors import UserError
 from vlm.evaluation import classification, prompts
 from vlm.evaluation.embed import TEXT_GROUP, Advance, Embedder, Note
-from vlm.evaluation.evaluator import Result, Sampling, field, images_key, open_task, parse_class
+from vlm.evaluation.evaluator import Result, Sampling, Task, field, images_key, parse_class
 
 SHOWN_SCORES = 5
 
@@ -64,11 +63,10 @@ def class_embeddings(embedder: Embedder, names: Sequence[str], templates: Sequen
 
 
 @dataclasses.dataclass(frozen=True)
-class ZeroShot:
+class ZeroShot(Task):
     """A prepared zero-shot evaluation."""
 
     config: ZeroShotConfig
-    source: Source
     names: list[str]
     templates: list[str]
 
@@ -87,12 +85,7 @@ class ZeroShot:
             raise UserError(f"{path}.classes: expected class numbers below {len(names)}, found {unknown[0]}")
         if len(names if not config.classes else config.classes) < 2:
             raise UserError(f"{path}.classnames: expected at least two classes, found {len(names)}")
-        return open_task(cls, config, path, limit, names, templates)
-
-    @property
-    def size(self) -> int:
-        """Number of images."""
-        return len(self.source)
+        return cls._open(config, path, limit, names, templates)
 
     @property
     def uses_text(self) -> bool:

@@ -25,6 +25,7 @@ from vlm.models.flava.output import FLAVAOutput
 Image = Float[AnyArray, "b h w c"]
 Tokens = Int[AnyArray, "b l"]
 Mask = Bool[AnyArray, "b l"] | None
+PatchMask = Bool[AnyArray, "b p"] | Bool[AnyArray, "b i j"] | None
 
 
 class MatchingHead(nn.Module):
@@ -110,7 +111,7 @@ class FLAVA(nn.Module):
         token_types: Tokens | None = None,
         positions: Tokens | None = None,
         image_mask: Bool[AnyArray, "b n"] | None = None,
-        patch_mask: Bool[AnyArray, "b p"] | None = None,
+        patch_mask: PatchMask = None,
         masked_tokens: Tokens | None = None,
         fuse: bool = True,
         interpolate_positions: bool = False,
@@ -123,8 +124,8 @@ class FLAVA(nn.Module):
         Args:
           image: normalised pixels; mask: true at real tokens.
           image_mask: true at the image tokens [B, 1 + P] that others may attend to, in all encoders.
-          patch_mask: true at the patches that the masked image hides; masked_tokens: the text with tokens hidden. If
-            one of the two is missing for a pair, its modality is unmasked.
+          patch_mask: true at the patches that the masked image hides, row by row or as their grid; masked_tokens: the
+            text with tokens hidden. If one of the two is missing for a pair, its modality is unmasked.
           fuse: False skips the fusion of the unmasked inputs.
           interpolate_positions: accept images of another size than the configured one.
         """
@@ -161,7 +162,7 @@ class FLAVA(nn.Module):
     def encode_image_states(
         self,
         image: Image,
-        patch_mask: Bool[AnyArray, "b p"] | None = None,
+        patch_mask: PatchMask = None,
         *,
         image_mask: Bool[AnyArray, "b n"] | None = None,
         interpolate_positions: bool = False,
@@ -170,6 +171,8 @@ class FLAVA(nn.Module):
     ) -> EncoderOutput:
         """States [B, 1 + P, E] of images, of which `patch_mask` hides patches; see `__call__`."""
         flags: dict[str, Any] = {"interpolate_positions": interpolate_positions, "deterministic": deterministic}
+        if patch_mask is not None:
+            patch_mask = patch_mask.reshape(len(patch_mask), -1)
         return self.vision(image, patch_mask=patch_mask, mask=image_mask, **flags, **outputs)
 
     def encode_text_states(
@@ -300,6 +303,10 @@ class FLAVA(nn.Module):
     def codebook_logits(self, image: Image) -> Float[Array, "b i j v"]:
         """Scores of every visual word for every cell of the codebook's picture, whose values are in [0.1, 0.9]."""
         return self.codebook(image)
+
+    def codebook_probabilities(self, image: Image) -> Float[Array, "b i j v"]:
+        """The same as probabilities over the visual words."""
+        return nn.softmax(self.codebook(image))
 
     def codebook_labels(
         self, image: Image, positions: Int[AnyArray, "b k"] | None = None

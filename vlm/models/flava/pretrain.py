@@ -10,7 +10,8 @@ pairs      image, text, masked image, masked text, fusion  contrastive; mmm_imag
 =========  ==============================================  ==============================
 
 The masked and the unmasked pass of an encoder run as one batch of twice the rows. The heads run on the masked
-positions only, gathered to a static number.
+positions only, gathered to a static number. Batches of evaluation (`valid`) have no dropout, and metrics say how many
+positions or pairs they are means over.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm.data.masking import IGNORE
 from vlm.encoders.output import EncoderOutput
 from vlm.errors import UserError
-from vlm.family import Batch, Metrics, Params
+from vlm.family import COUNT, Batch, Metrics, Params
 from vlm.layers.arrays import AnyArray
 from vlm.layers.norms import normalise
 from vlm.losses import contrastive, token_losses
@@ -88,11 +90,12 @@ class _Step:
 
     def __init__(self, model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any):
         self.model, self.params, self.batch, self.config = model, params, batch, config
-        self.rngs = {"dropout": rng}
+        self.rngs, self.mode = {"dropout": rng}, {"deterministic": "valid" in batch}
         self.count = len(batch["image"] if "image" in batch else batch["tokens"])
         if config.group_size is not None and self.count % config.group_size:
             found = f"found {config.group_size}"
             raise UserError(f"config.loss.group_size: expected a divisor of the batch of {self.count}, {found}")
+        self.valid = jnp.asarray(batch.get("valid", np.ones(self.count, bool)))
 
     def apply(self, method: Any, *inputs: Any, **more: Any) -> Any:
         """Calls a method of the model."""
@@ -100,15 +103,15 @@ class _Step:
 
     def images(self) -> Metrics:
         """Masked image modelling."""
-        states = self.apply(self.model.encode_image_states, self.batch["image"], self.batch["patch_mask"], **_TRAIN)
-        return self._patches("mim", states.last_hidden_state[:, 1:], jnp.ones((self.count,), bool))
+        states = self.apply(self.model.encode_image_states, self.batch["image"], self.batch["patch_mask"], **self.mode)
+        return self._patches("mim", states.last_hidden_state[:, 1:], self.valid)
 
     def texts(self) -> Metrics:
         """Masked language modelling."""
         batch, types = self.batch, self._types(1)
-        states = self.apply(self.model.encode_text_states, batch["masked_tokens"], batch["mask"], **types, **_TRAIN)
+        states = self.apply(self.model.encode_text_states, batch["masked_tokens"], batch["mask"], **types, **self.mode)
         most = self.config.max_masked_tokens
-        return self._tokens("mlm", states.last_hidden_state, jnp.ones((self.count,), bool), most)
+        return self._tokens("mlm", states.last_hidden_state, self.valid, most)
 
     def pairs(self) -> Metrics:
         """Contrastive on the pair as it is; masked modelling and matching on the masked pair."""
@@ -126,10 +129,11 @@ class _Step:
                 embeds[0], embeds[1], scale, weights=shares, candidate_gradients=config.candidate_gradients
             )
             cosine = jnp.sum(embeds[0] * embeds[1], axis=-1)
-            terms |= {"contrastive": value, "logit_scale": scale, "positive_cosine": jnp.sum(shares * cosine)}
+            found = {"contrastive": value, "positive_cosine": jnp.sum(shares * cosine)}
+            terms |= self._counted(found, positive * self.valid.all()) | {"logit_scale": scale}
         if fused:
             hidden = self.apply(
-                model.encode_multimodal, images[-1], texts[-1], batch["mask"], **_TRAIN
+                model.encode_multimodal, images[-1], texts[-1], batch["mask"], **self.mode
             ).last_hidden_state
             patches, words = self.apply(model.split, hidden, batch["tokens"].shape[1])
             if config.mmm_image:
@@ -144,11 +148,11 @@ class _Step:
         """The image encoder's outputs, unmasked or masked; both in one call."""
         patch_mask = self.batch.get("patch_mask")
         if patch_mask is None:
-            output = self.apply(self.model.encode_image_states, self.batch["image"], **_TRAIN)
+            output = self.apply(self.model.encode_image_states, self.batch["image"], **self.mode)
             return [output] * len(passes)
         mask = _interleave([patch_mask if masked else jnp.zeros_like(patch_mask) for masked in passes])
         image = _interleave([self.batch["image"]] * len(passes))
-        return _separate(self.apply(self.model.encode_image_states, image, mask, **_TRAIN), len(passes))
+        return _separate(self.apply(self.model.encode_image_states, image, mask, **self.mode), len(passes))
 
     def _texts(self, passes: list[bool]) -> list[EncoderOutput]:
         """The same of the text encoder."""
@@ -157,17 +161,19 @@ class _Step:
         tokens = _interleave([masked_tokens if masked else tokens for masked in passes])
         mask = _interleave([self.batch["mask"]] * len(passes))
         types = self._types(len(passes))
-        return _separate(self.apply(self.model.encode_text_states, tokens, mask, **types, **_TRAIN), len(passes))
+        return _separate(self.apply(self.model.encode_text_states, tokens, mask, **types, **self.mode), len(passes))
 
     def _types(self, count: int) -> dict[str, Any]:
-        types = self.batch.get("token_types")
-        return {} if types is None else {"token_types": _interleave([types] * count)}
+        given = {name: self.batch[name] for name in ("token_types", "positions") if name in self.batch}
+        return {name: _interleave([array] * count) for name, array in given.items()}
 
     def _positive(self) -> jax.Array:
-        """Which pairs [B] belong together; all of a group where none does."""
+        """Which pairs [B] belong together; in training all of a group where none does."""
         labels, size = self.batch.get("itm_labels"), self.config.group_size
         if labels is None or (self.config.unfiltered_without_itm and not self.config.itm):
-            return jnp.ones((self.count,), bool)
+            return self.valid
+        if "valid" in self.batch:
+            return self.valid & (labels != 0)
         groups = (labels != 0).reshape(-1, self.count if size is None else size)
         return (groups | ~groups.any(1, keepdims=True)).reshape(-1)
 
@@ -180,9 +186,9 @@ class _Step:
     def _matching(self, hidden: jax.Array) -> Metrics:
         labels = (self.batch["itm_labels"] != 0).astype(jnp.int32)
         logits = self.apply(self.model.predict_match, hidden)
-        losses, all_pairs = token_losses(logits, labels), jnp.ones_like(labels, bool)
-        right = grouped_mean(logits.argmax(-1) == labels, all_pairs, self.config.group_size)
-        return {"itm": grouped_mean(losses, all_pairs, self.config.group_size), "itm_accuracy": right}
+        losses, size = token_losses(logits, labels), self.config.group_size
+        right = grouped_mean(logits.argmax(-1) == labels, self.valid, size)
+        return self._counted({"itm": grouped_mean(losses, self.valid, size), "itm_accuracy": right}, self.valid)
 
     def _patches(self, head: str, states: jax.Array, rows: jax.Array) -> Metrics:
         """Cross-entropy of the visual words of masked patches."""
@@ -223,10 +229,11 @@ class _Step:
         keep, size = real & rows[:, None], self.config.group_size
         losses = token_losses(logits, jnp.where(keep, labels, IGNORE))
         right = grouped_mean(logits.argmax(-1) == labels, keep, size)
-        return {head: grouped_mean(losses, keep, size), f"{head}_accuracy": right}
+        return self._counted({head: grouped_mean(losses, keep, size), f"{head}_accuracy": right}, keep)
 
-
-_TRAIN = {"deterministic": False}
+    def _counted(self, terms: Metrics, keep: Any) -> Metrics:
+        """With what each is a mean over, in evaluation."""
+        return terms | {COUNT + name: keep.sum() for name in terms} if "valid" in self.batch else terms
 
 
 def _interleave(arrays: list[Any]) -> jax.Array:
