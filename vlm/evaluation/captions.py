@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlm.data.source import Source
 from vlm.data.text import clean_caption
 from vlm.evaluation.embed import Embedder
-from vlm.evaluation.evaluator import Result, Sampling, field, open_task
+from vlm.evaluation.evaluator import Result, Sampling, Task, field
 from vlm.evaluation.feed import Advance, Note, pictures_of
 from vlm.evaluation.image_text import texts_of
 from vlm.evaluation.metrics import captions as scores
@@ -61,11 +60,10 @@ class CaptionsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Captions:
+class Captions(Task):
     """A prepared captioning evaluation."""
 
     config: CaptionsConfig
-    source: Source
     generation: GenerationConfig
 
     @classmethod
@@ -76,17 +74,7 @@ class Captions:
           UserError: one of them is wrong.
         """
         generation = generation_config(config.preset, config.generation, f"{path}.generation")
-        return open_task(cls, config, path, limit, generation)
-
-    @property
-    def size(self) -> int:
-        """Number of images."""
-        return len(self.source)
-
-    @property
-    def uses_text(self) -> bool:
-        """Whether the text tower of a contrastive model is needed."""
-        return False
+        return cls._open(config, path, limit, generation)
 
     def check(self, embedder: Embedder) -> None:
         """Traces the model; raises UserError where it cannot caption."""

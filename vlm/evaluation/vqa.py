@@ -10,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm.data.annotations import read_answer_list
-from vlm.data.source import Source
 from vlm.errors import UserError
 from vlm.evaluation.answers import Ranker
 from vlm.evaluation.captions import pixels
 from vlm.evaluation.classify import check_classifies, classify
 from vlm.evaluation.embed import Embedder
-from vlm.evaluation.evaluator import Result, Sampling, field, open_task
+from vlm.evaluation.evaluator import Result, Sampling, Task, field
 from vlm.evaluation.feed import Advance, Note
 from vlm.evaluation.heads import head_inputs
 from vlm.evaluation.image_text import texts_of
@@ -75,11 +74,10 @@ class VqaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Vqa:
+class Vqa(Task):
     """A prepared question-answering evaluation."""
 
     config: VqaConfig
-    source: Source
     generation: GenerationConfig
     candidates: list[str]
 
@@ -97,17 +95,7 @@ class Vqa:
         candidates = read_answer_list(given) if isinstance(given, str) else list(given or ())
         if len(set(candidates)) < len(candidates) or (config.mode == "rank" and not all(map(str.strip, candidates))):
             raise UserError(f"{path}.answer_list: expected different answers, none of them empty")
-        return open_task(cls, config, path, limit, generation, candidates)
-
-    @property
-    def size(self) -> int:
-        """Number of questions."""
-        return len(self.source)
-
-    @property
-    def uses_text(self) -> bool:
-        """Whether the text tower of a contrastive model is needed."""
-        return False
+        return cls._open(config, path, limit, generation, candidates)
 
     def check(self, embedder: Embedder) -> None:
         """Traces the model; raises UserError where it cannot answer."""
