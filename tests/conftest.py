@@ -1,5 +1,6 @@
 """Shared fixtures. Real sample files are found through `VLM_TEST_DATA` or `../shared/data`."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -39,6 +40,33 @@ def _checked(function):
 sys.modules["vlm_shape_check"] = types.ModuleType("vlm_shape_check")  # the hook finds its checker by name
 sys.modules["vlm_shape_check"].checked = _checked
 install_import_hook(_CHECKED, "vlm_shape_check.checked")
+
+
+LONGEST = (  # files, by their seconds
+    "models/flava/test_loss.py",
+    "models/blip/test_loss.py",
+    "demo/test_main.py",
+    "demo/test_flava.py",
+    "test_train.py",
+    "models/blip/test_writing.py",
+    "generation/test_generate.py",
+    "test_precompute.py",
+    "models/blip/test_model.py",
+    "models/altclip/test_model.py",
+    "models/flava/test_model.py",
+    "faults/test_kills.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no worker is left alone with one of them at the end."""
+    place = {_ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay: the garbage collector need not look through them again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
     python one_of_two.py PORT INDEX FOLDER
 
-FOLDER holds params.npz and the batches pairs.npz and texts.npz; the first process writes losses.json there.
+FOLDER holds params.npz and the batch pairs.npz; the first process writes losses.json there.
 """
 
 import json
@@ -39,16 +39,12 @@ def main(port, index, folder):
         (_, (terms, _)), gradients = jax.value_and_grad(value, has_aux=True)(params, batch)
         return terms | {"grad_norm": optax.tree.norm(gradients)}
 
-    found = {}
+    half = {name: rows[4 * index : 4 * index + 4] for name, rows in np.load(folder / "pairs.npz").items()}
     with sharding.use(mesh, settings.rules):
-        for kind in ("pairs", "texts"):
-            rows = np.load(folder / f"{kind}.npz")
-            half = {name: array[4 * index : 4 * index + 4] for name, array in rows.items()}
-            batch = sharding.put_batch(half, split, 8)
-            terms = jax.jit(step, out_shardings=whole)(jax.device_put(params, whole), batch)
-            found[kind] = {name: float(term) for name, term in terms.items()}
+        batch = sharding.put_batch(half, split, 8)
+        terms = jax.jit(step, out_shardings=whole)(jax.device_put(params, whole), batch)
     if index == 0:
-        (folder / "losses.json").write_text(json.dumps(found))
+        (folder / "losses.json").write_text(json.dumps({name: float(term) for name, term in terms.items()}))
 
 
 if __name__ == "__main__":
