@@ -56,6 +56,16 @@ def run(*arguments, capsys):
     return status, *capsys.readouterr()
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """What runs in this process uses its first device."""
+    import jax
+
+    from vlm import sharding
+
+    monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+
+
 def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -92,7 +102,7 @@ def test_a_run_leaves_its_records_and_can_be_continued(tmp_path, data, capsys):
     assert len(json.loads((split / "env.json").read_text())) == 2
 
 
-def test_a_signal_saves_and_the_next_start_goes_on_bit_for_bit(tmp_path, data, capsys):
+def test_a_signal_saves_and_the_next_start_goes_on_bit_for_bit(tmp_path, data, capsys, one_device):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     many = ("--config.train.steps=400", "--config.train.checkpoint_every=0", "--config.train.log_every=1")
     process = start(*arguments(data, stopped, *many))
@@ -107,10 +117,8 @@ def test_a_signal_saves_and_the_next_start_goes_on_bit_for_bit(tmp_path, data, c
     assert 5 <= step < 400 and f"saved at step {step}" in err
     assert max(losses(stopped)) == step
 
-    process = start(*arguments(data, stopped, *many))
-    assert process.communicate(timeout=120)[1] and process.returncode == 0
-    process = start(*arguments(data, straight, *many))
-    assert process.communicate(timeout=120)[1] and process.returncode == 0
+    assert run(*arguments(data, stopped, *many), capsys=capsys)[0] == 0
+    assert run(*arguments(data, straight, *many), capsys=capsys)[0] == 0
     assert losses(stopped) == losses(straight)
     ours, theirs = params(stopped), params(straight)
     assert all((ours[path] == theirs[path]).all() for path in theirs)
@@ -183,7 +191,7 @@ def test_two_streams_on_eight_devices_equal_one(tmp_path, mixed, capsys, monkeyp
     assert all(line["tokens_per_second"] / line["steps_per_second"] == pytest.approx(64) for line in single)
 
 
-def test_two_processes_of_four_devices_equal_one_device(tmp_path, data):
+def test_two_processes_of_four_devices_equal_one_device(tmp_path, data, capsys, one_device):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -200,10 +208,10 @@ def test_two_processes_of_four_devices_equal_one_device(tmp_path, data):
         )
         for index in range(2)
     ]
-    one = start(*arguments(data, single, *more))
-    for process in (*hosts, one):
+    for process in hosts:
         _, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
+    assert run(*arguments(data, single, *more), capsys=capsys)[0] == 0
     ours, theirs = losses(several), losses(single)
     assert len(ours) == 6
     np.testing.assert_allclose([ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(theirs)], rtol=1e-5)
