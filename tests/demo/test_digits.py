@@ -18,25 +18,33 @@ def folder(tmp_path_factory):
         return digits.prepare_digits(scenes.prepare_scenes(output / "scenes"), output / "flava")
 
 
+@pytest.fixture(scope="module")
+def words(folder):
+    folders = [folder, folder.parent / "scenes"]
+    return visual_words.prepare_words(folder.parent / "words", folders, digits.vocabulary())
+
+
 def read(folder, name):
     return json.loads((folder / name).read_text())
 
 
-def test_every_picture_has_the_nearest_words(folder):
-    cache, means = TeacherCache(folder / "visual_words", verify=True), np.load(folder / visual_words.MEANS)
+def test_every_picture_has_the_nearest_words(folder, words):
+    cache, means = TeacherCache(words / "visual_words", verify=True), np.load(words / visual_words.MEANS)
     assert cache.dim == 36 and cache.teacher.startswith("codebook:") and len(means) == visual_words.COUNT
     paths = [*folder.glob("images/*.png"), *folder.parent.glob("scenes/images/*.png")]
     assert len(paths) == 150
     distances = []
     for path in paths[::10]:
         image = path.read_bytes()
-        rows = visual_words.patches(image, scenes.SIZE, digits.PATCH).astype(np.float32)
+        rows = visual_words.patches(image).astype(np.float32)
         distance = ((rows[:, None] - means) ** 2).sum(-1)
         np.testing.assert_allclose(distance[np.arange(36), cache[image]], distance.min(1), rtol=1e-3, atol=1.0)
         distances.append(distance.min(1).mean())
-    white = np.full(48, 255.0)
+    white = np.full(3 * visual_words.PATCH**2, 255.0)
     np.testing.assert_allclose(means[0], white, atol=1.0)  # the most frequent
     assert np.mean(distances) < 0.05 * ((means[1:] - white) ** 2).sum(-1).mean()
+    assert (words / "tokenizer" / "vocab.txt").read_text().split() == digits.vocabulary()
+    assert visual_words.read(words).shape == (visual_words.COUNT, visual_words.PATCH, visual_words.PATCH, 3)
 
 
 def test_patches_are_cut_row_by_row():
@@ -49,10 +57,12 @@ def test_one_digit_on_white_paper(folder):
     rows = read(folder, "digits_train.json")
     assert len(rows) == 30 and {row["label"] for row in rows} <= set(range(10))
     for row in rows:
-        words = visual_words.patches((folder / row["image"]).read_bytes(), scenes.SIZE, digits.PATCH)
-        inked = np.argwhere((words.min(axis=1) < 200).reshape(6, 6))
+        patches = visual_words.patches((folder / row["image"]).read_bytes())
+        inked = np.argwhere((patches.min(axis=1) < 200).reshape(6, 6))
         assert (np.ptp(inked, axis=0) + 1).max() == 2 * row["scale"]  # patches: a scan is eight pixels high
+        assert row["caption"] == f"a {digits.SCALES[row['scale']]} {scenes.NUMBERS[row['label']]}"
     assert {row["scale"] for row in rows} == set(digits.SCALES)
+    assert {word for row in rows for word in row["caption"].split()} <= set(digits.vocabulary())
 
 
 def test_half_of_the_captions_are_wrong(folder):

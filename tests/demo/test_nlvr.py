@@ -186,7 +186,9 @@ def test_prepared_folder(tmp_path, monkeypatch):
     for row in generated:
         truths.setdefault(row["text"], set()).add(row["label"])
     assert generated and all(len(both) == 2 for both in truths.values()) and towers == [] == read("simple.json")
-    assert [row["text"] for row in read("captions.json")[:7:6]] == [statements.description(nlvr.parse(scattered()))] * 2
+    boxes = nlvr.parse(scattered())
+    assert boxes is not None
+    assert [row["text"] for row in read("captions.json")[:7:6]] == [statements.description(boxes)] * 2
     assert [row["text"] for row in test] == ["There is a Yellow item 10", "There is a Yellow item 11"]
     assert [row["label"] for row in test] == [False, True]
     assert "10" not in (folder / "tokenizer" / "vocab.txt").read_text().split()

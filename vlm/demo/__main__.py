@@ -3,7 +3,7 @@
     python -m vlm.demo --output=demo_output
     python -m vlm.demo blip                      two handwritten digits: captions, questions and answers
     python -m vlm.demo nlvr --nlvr=FOLDER        true or false: people's sentences about drawn scenes
-    python -m vlm.demo flava                     six losses on pairs, pictures and texts, beside random weights
+    python -m vlm.demo flava [--nlvr=FOLDER]     six losses on pairs, pictures and texts, beside random weights
 
 Every step is one of the commands that a run on a pod consists of; they are printed as they run. The last line on
 standard output is the JSON line of eval.py, everything else goes to standard error. What is complete is kept: the same
@@ -35,17 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("story", nargs="?", default="altclip", choices=("altclip", "blip", "nlvr", "flava"))
     parser.add_argument("--output", metavar="DIR", default=steps.DEFAULT_OUTPUT, help="where everything goes")
     parser.add_argument("--data_only", action="store_true", help="prepare the data and stop")
-    parser.add_argument("--nlvr", metavar="DIR", help="NLVR's archives of scenes (story nlvr)")
+    parser.add_argument("--nlvr", metavar="DIR", help="NLVR's archives of scenes (stories nlvr and flava)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of what is drawn (story flava)")
     with exit_on_user_error():
         options = parser.parse_args(argv)
-        if (options.story == "nlvr") != (options.nlvr is not None):
-            raise UserError("--nlvr=DIR names NLVR's scenes and goes with the story nlvr, which needs it")
+        if options.nlvr is None and options.story == "nlvr":
+            raise UserError("the story nlvr needs --nlvr=DIR, the folder of NLVR's scenes")
+        if options.nlvr is not None and options.story not in ("nlvr", "flava"):
+            raise UserError("--nlvr=DIR names NLVR's scenes and goes with the stories nlvr and flava")
+        if options.seed and options.story != "flava":
+            raise UserError("--seed goes with the story flava")
         output = Path(options.output)
         if options.story == "blip":
             return blip.digits(output, options.data_only)
         if options.story == "flava":
-            return flava.digits(output, options.data_only)
-        if options.story == "nlvr":
+            source = options.nlvr and Path(options.nlvr)
+            return flava.train(flava.Story(output, source, options.seed), options.data_only)
+        if options.story == "nlvr" and options.nlvr is not None:
             return blip.nlvr(output, Path(options.nlvr), options.data_only)
         return run(output, options.data_only)
 

@@ -1,11 +1,10 @@
 """What FLAVA's demonstration reads beside the scenes of two digits, in one folder.
 
     images/train_00000.png …                 24 × 24 pixels: one scan, small or large, on white paper
-    digits_train.json, digits_test.json      [{"image", "label", "scale"}]
-    pairs_train.json, pairs_test.json        [{"image", "left", "right", "larger"}]: scenes and digits
+    digits_train.json, digits_test.json      [{"image", "label", "scale", "caption"}]
+    pairs_train.json, pairs_test.json        [{"image", "left", "right"}]: scenes and digits
     texts_train.json, texts_test.json        [{"text"}]: captions, and questions with their answers
     matches_test.json                        [{"image", "text", "label"}]: captions of test scenes, half wrong
-    visual_words, visual_words.npy           visual words of all pictures, and what they look like
 
 Training pictures are made of the scans that `prepare` trains on, test pictures of those it tests on.
 """
@@ -22,23 +21,32 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm.demo import scenes, visual_words
+from vlm.demo import scenes
 from vlm.demo.prepare import load_scans, png, split
 
 DIGITS = {"train": 4000, "test": 720}
-PATCH = 4
-SCALES = (1, 2, 3)
+SCALES = {1: "small", 2: "medium", 3: "large"}
+"""How many times a scan's size it is drawn, and what its caption says of that."""
 PROBED = 4000
 
 
-def sources(folder: str, split: str) -> dict[str, dict[str, Any]]:
-    """The source of each stream of data, of the "train" or the "test" split, below the demonstration's folder."""
+def sources(folder: str, split: str) -> dict[str, list[dict[str, Any]]]:
+    """The sources of each stream of data, of the "train" or the "test" split, below the demonstration's folder."""
     names = {"image": "image", "text": "caption"}
+    single = {"kind": "json", "path": f"{folder}/flava/digits_{split}.json"}
     return {
-        "pairs": {"kind": "json", "path": f"{folder}/scenes/caption_{split}.json", "fields": names},
-        "images": {"kind": "json", "path": f"{folder}/flava/digits_{split}.json", "fields": {"image": "image"}},
-        "text": {"kind": "json", "path": f"{folder}/flava/texts_{split}.json", "fields": {"text": "text"}},
+        "pairs": [
+            {"kind": "json", "path": f"{folder}/scenes/caption_{split}.json", "fields": names},
+            {**single, "fields": names},
+        ],
+        "images": [{**single, "fields": {"image": "image"}}],
+        "text": [{"kind": "json", "path": f"{folder}/flava/texts_{split}.json", "fields": {"text": "text"}}],
     }
+
+
+def vocabulary() -> list[str]:
+    """The words of `scenes`, and those for sizes."""
+    return [*scenes.vocabulary(), *SCALES.values()]
 
 
 def prepare_digits(scenes_folder: Path, folder: str | os.PathLike, seed: int = 0) -> Path:
@@ -57,8 +65,6 @@ def prepare_digits(scenes_folder: Path, folder: str | os.PathLike, seed: int = 0
             _write_json(draft / f"pairs_{name}.json", both_digits(_read(scenes_folder / f"caption_{name}.json")))
             _write_json(draft / f"texts_{name}.json", [{"text": text} for text in _texts(scenes_folder, name)])
         _write_json(draft / "matches_test.json", matches(_read(scenes_folder / "caption_test.json"), rng))
-        pictures = {name: _pictures(scenes_folder, name) + _pictures(draft, name) for name in DIGITS}
-        visual_words.write(draft, pictures["train"], pictures["test"], scenes.SIZE, PATCH, seed)
         os.rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -71,7 +77,7 @@ def both_digits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows[:PROBED]:
         words = (row["caption"] if isinstance(row["caption"], str) else row["caption"][0]).split()
         left, right = (scenes.NUMBERS.index(words[place]) for place in (1, 7))
-        found.append({"image": row["image"], "left": left, "right": right, "larger": max(left, right)})
+        found.append({"image": row["image"], "left": left, "right": right})
     return found
 
 
@@ -94,13 +100,15 @@ def _write_digits(folder: Path, name: str, scans: np.ndarray, labels: np.ndarray
         image = f"images/{name}_{number:05d}.png"
         paper, scale = _paper(scan, rng)
         (folder / image).write_bytes(png(paper))
-        rows.append({"image": image, "label": int(labels[place]), "scale": scale})
+        digit = int(labels[place])
+        caption = f"a {SCALES[scale]} {scenes.NUMBERS[digit]}"
+        rows.append({"image": image, "label": digit, "scale": scale, "caption": caption})
     _write_json(folder / f"digits_{name}.json", rows)
 
 
 def _paper(scan: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """A scan uint8[8, 8] on white paper uint8[24, 24], on `scenes.scene`'s grid, and how many times its size."""
-    scale = int(rng.choice(SCALES))
+    scale = int(rng.choice(list(SCALES)))
     paper, side = np.full((scenes.SIZE, scenes.SIZE), 255, np.uint8), scenes.SCAN * scale
     drawn = np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC))
     row, column = scenes.STEP * rng.integers(0, (scenes.SIZE - side) // scenes.STEP + 1, 2)
@@ -113,10 +121,6 @@ def _texts(folder: Path, name: str) -> list[str]:
     said = [scenes.PROMPT + (text if isinstance(text, str) else text[0]) for text in captions]
     asked = [f"{row['question']} {row['answer'][0]}" for row in _read(folder / f"vqa_{name}.json")]
     return said + asked[: len(said)]
-
-
-def _pictures(folder: Path, name: str) -> list[Path]:
-    return sorted((folder / "images").glob(f"{name}_*.png"))
 
 
 def _read(path: Path) -> Any:

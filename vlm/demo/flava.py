@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm.demo import steps, visual_words
 
@@ -20,51 +20,87 @@ LOSSES = {
     "mlm": "hidden words (texts)",
 }
 METRICS = {
-    "probe_left/top1": "left digit: linear probe of the class token",
-    "probe_larger/top1": "larger digit: linear probe of the class token",
-    "probe_single/top1": "single digit: linear probe of the class token",
-    "matching/accuracy": "caption right or wrong: matching head",
-    "retrieval/text_to_image_recall@1": "picture of a caption: recall@1",
-    "retrieval/image_to_text_recall@1": "caption of a picture: recall@1",
+    "probe_left/top1": "digits: linear probe, the left digit of a scene",
+    "probe_single/top1": "digits: linear probe, a single digit",
+    "matching/accuracy": "digits: caption right or wrong, matching head",
+    "retrieval/text_to_image_recall@1": "digits: picture of a caption, recall@1",
+    "retrieval/image_to_text_recall@1": "digits: caption of a picture, recall@1",
+    "matching_nlvr/accuracy": "nlvr: sentence right or wrong, matching head",
+    "retrieval_nlvr/text_to_image_recall@5": "nlvr: scene of a sentence, recall@5",
+    "retrieval_nlvr/image_to_text_recall@5": "nlvr: sentence of a scene, recall@5",
 }
-FALLS = {"contrastive": 2.0, "itm": 0.15, "mmm_image": 2.0, "mmm_text": 3.0, "mim": 2.0, "mlm": 3.0}
-"""By how much each held-out loss must end below its start."""
+KINDS = {"digits": "scenes of handwritten digits", "nlvr": "NLVR's drawn scenes"}
+FALLS = {
+    "digits": {"contrastive": 1.5, "itm": 0.1, "mmm_image": 2.0, "mmm_text": 3.0, "mim": 1.5, "mlm": 3.0},
+    "nlvr": {"contrastive": 0.3, "itm": 0.03, "mmm_image": 2.0, "mmm_text": 2.0, "mim": 2.0, "mlm": 2.0},
+}
+"""By how much each loss must end below its start, on held-out data of each kind."""
 MARKS = {"matching/accuracy": 0.7, "retrieval/text_to_image_recall@1": 0.3}
+GAINS = {"probe_left/top1": 0.1, "probe_single/top1": 0.1}
+"""By how much a linear probe must be better than that of random weights."""
 
 
-def digits(output: Path, data_only: bool = False, overrides: Sequence[str] = ()) -> int:
+class Story(NamedTuple):
+    """What is trained, where: below `output`, on NLVR's scenes from `source` too, unless it is None."""
+
+    output: Path
+    source: Path | None = None
+    seed: int = 0
+
+    @property
+    def variant(self) -> str:
+        """Of the configuration."""
+        return "digits" if self.source is None else "nlvr"
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of held-out data."""
+        return ["digits"] if self.source is None else list(KINDS)
+
+    def path(self, name: str) -> Path:
+        """A file or folder of this run; those of other variants and seeds lie beside it."""
+        seed = f"_{self.seed}" if self.seed else ""
+        return self.output / f"flava_{self.variant}{seed}{name}"
+
+
+def train(story: Story, data_only: bool = False, overrides: Sequence[str] = ()) -> int:
     """Trains all six losses together and reports what is held out, beside the weights that training started from.
 
     Returns 1 if a result misses its mark. `overrides` (`--config.…`) go to training and evaluation.
 
     Raises:
-      UserError: this is not a checkout with train.py and eval.py, or a step failed.
+      UserError: this is not a checkout with train.py and eval.py, there are no scenes at `source`, or a step failed.
     """
     steps.check_checkout()
     seconds: dict[str, float] = {}
     steps.say("== data: scenes of two handwritten digits, single digits, sentences, visual words")
-    steps.timed(seconds, "data", lambda: _prepare(output))
+    if story.source is None:
+        steps.say("   digits only; --nlvr=DIR adds NLVR's drawn scenes and people's sentences about them")
+    steps.timed(seconds, "data", lambda: _prepare(story))
     if data_only:
         return 0
     steps.say("\n== train: contrastive, matching, and masked modelling of pairs, images and texts")
-    config, run = f"--config=configs/flava_digits.py:digits{steps.where(output)}", output / "flava_run"
-    command = ["train.py", config, f"--workdir={steps.shown(run)}", *overrides]
+    config, run = f"--config=configs/flava_digits.py:{story.variant}{steps.where(story.output)}", story.path("_run")
+    seeds = [f"--config.train.seed={story.seed}", f"--config.data.seed={story.seed}"] if story.seed else []
+    command = ["train.py", config, f"--workdir={steps.shown(run)}", *seeds, *overrides]
     steps.timed(seconds, "train", lambda: steps.python(command))
-    steps.say("\n== evaluate: held-out scans, with random weights and with the trained ones")
+    steps.say("\n== evaluate: held-out data, with random weights and with the trained ones")
     found: dict[str, dict[str, float]] = {}
-    steps.timed(seconds, "losses", lambda: found.update(_losses(output, run)))
-    for name, checkpoint in (("random", output / "flava_random"), ("trained", run)):
-        results = steps.shown(output / f"flava_{name}_results.json")
+    steps.timed(seconds, "losses", lambda: found.update(_losses(story)))
+    for name, checkpoint in (("random", story.path("_random")), ("trained", run)):
+        results = steps.shown(story.path(f"_{name}_results.json"))
         command = ["eval.py", config, f"--checkpoint={steps.shown(checkpoint)}", f"--output={results}", *overrides]
         line = steps.timed(seconds, f"evaluate {name}", lambda command=command: steps.python(command))
         found[name] |= json.loads(line.strip().splitlines()[-1])
-    return _report(output, found, seconds)
+    return _report(story, found, seconds)
 
 
-def missed(random: Mapping[str, float], trained: Mapping[str, float]) -> list[str]:
+def missed(kinds: Sequence[str], random: Mapping[str, float], trained: Mapping[str, float]) -> list[str]:
     """The losses that fell too little, and the metrics below their marks."""
-    low = [name for name, fall in FALLS.items() if not random[name] - trained[name] >= fall]
-    return low + [name for name, mark in MARKS.items() if not trained[name] >= mark]
+    falls = {f"{kind}/{name}": fall for kind in kinds for name, fall in FALLS[kind].items()}
+    low = [name for name, fall in falls.items() if not random[name] - trained[name] >= fall]
+    low += [name for name, gain in GAINS.items() if not trained[name] - random[name] >= gain]
+    return low + [name for name, mark in MARKS.items() if name in trained and not trained[name] >= mark]
 
 
 def starts(batch_size: int, words: int) -> dict[str, float]:
@@ -76,57 +112,76 @@ def starts(batch_size: int, words: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def table(found: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
-    """Loss, ln of the choices, with frequencies alone, random, trained, fall; and metric, random, trained."""
+def table(kinds: Sequence[str], found: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
+    """Loss, ln of the choices, with frequencies alone, random, trained, fall, mark; and metric, random, trained."""
     start, known, random, trained = (found[name] for name in ("start", "frequencies", "random", "trained"))
     rows = []
-    for name, title in LOSSES.items():
-        numbers = (start[name], known.get(name), random[name], trained[name], random[name] - trained[name])
-        rows.append((title, *("" if number is None else f"{number:.2f}" for number in numbers)))
-    return rows + [(METRICS[name], "", "", f"{random[name]:.1%}", f"{trained[name]:.1%}", "") for name in METRICS]
+    for kind in kinds:
+        for loss, title in LOSSES.items():
+            name = f"{kind}/{loss}"
+            numbers = (start[loss], known.get(name), random[name], trained[name], random[name] - trained[name])
+            cells = ["" if number is None else f"{number:.2f}" for number in numbers]
+            rows.append((f"{kind}: {title}", *cells, f"{FALLS[kind][loss]:g}"))
+    for name, title in METRICS.items():
+        if name in trained:
+            mark = f"{MARKS[name]:.0%}" if name in MARKS else f"+{GAINS[name]:.0%}" if name in GAINS else ""
+            gain = f"{trained[name] - random[name]:+.1%}"
+            rows.append((title, "", "", f"{random[name]:.1%}", f"{trained[name]:.1%}", gain, mark))
+    return rows
 
 
-def _prepare(output: Path) -> str:
-    from vlm.demo.digits import prepare_digits
+def _prepare(story: Story) -> str:
+    from vlm.demo import digits, nlvr, nlvr_pairs
     from vlm.demo.scenes import prepare_scenes
 
-    return str(prepare_digits(prepare_scenes(output / "scenes"), output / "flava"))
+    output, vocabulary = story.output, digits.vocabulary()
+    folders = [prepare_scenes(output / "scenes")]
+    folders.append(digits.prepare_digits(folders[0], output / "flava"))
+    if story.source is not None:
+        folders.append(nlvr_pairs.prepare_pairs(story.source, output / "nlvr_pairs"))
+        words = " ".join(word for word in vocabulary if not word.startswith("["))
+        vocabulary = nlvr.vocabulary([words, *nlvr_pairs.texts(folders[-1])])
+    return str(visual_words.prepare_words(output / f"words_{story.variant}", folders, vocabulary))
 
 
-def _losses(output: Path, run: Path) -> dict[str, dict[str, float]]:
+def _losses(story: Story) -> dict[str, dict[str, float]]:
     """Held-out losses with random weights, which are saved, and with trained ones; the pictures of the page."""
     import vlm
-    from vlm.demo.digits import sources
-    from vlm.demo.held_out import HeldOut
+    from vlm.demo import digits, nlvr_pairs
+    from vlm.demo.held_out import HeldOut, frequencies
     from vlm.demo.page import pictures
 
-    held_out = HeldOut.of(run, {name: [spec] for name, spec in sources(str(output.absolute()), "test").items()})
-    shutil.rmtree(output / "flava_random", ignore_errors=True)
+    held_out = HeldOut.of(story.path("_run"))
+    shutil.rmtree(story.path("_random"), ignore_errors=True)
     random = held_out.random()
-    vlm.save(output / "flava_random", held_out.parts.model, random, held_out.processor)
-    _, trained, _ = vlm.load(run)
-    content = pictures(held_out, trained, visual_words.read(output / "flava"))
-    (output / "flava_pictures.html").write_text(content, encoding="utf-8")
-    start = starts(held_out.settings.data.batch_size, held_out.settings.model["text"]["vocab_size"])
-    known = held_out.frequencies()
-    return {
-        "start": start,
-        "frequencies": known,
-        "random": held_out.losses(random),
-        "trained": held_out.losses(trained),
-    }
+    vlm.save(story.path("_random"), held_out.parts.model, random, held_out.processor)
+    _, trained, _ = vlm.load(story.path("_run"))
+    settings, output = held_out.settings, story.output.absolute()
+    found: dict[str, dict[str, float]] = {"frequencies": {}, "random": {}, "trained": {}}
+    found["start"] = starts(settings.data.batch_size, settings.model["text"]["vocab_size"])
+    means, content = visual_words.read(output / f"words_{story.variant}"), []
+    for kind in story.kinds:
+        digital = kind == "digits"
+        sources = digits.sources(str(output), "test") if digital else nlvr_pairs.sources(f"{output}/nlvr_pairs", "test")
+        streams = held_out.batches(sources)
+        content.append(pictures(held_out, trained, streams, means, KINDS[kind]))
+        losses = {"random": held_out.losses(random, streams), "trained": held_out.losses(trained, streams)}
+        for name, values in (losses | {"frequencies": frequencies(streams)}).items():
+            found[name] |= {f"{kind}/{loss}": value for loss, value in values.items()}
+    story.path("_pictures.html").write_text("\n".join(content), encoding="utf-8")
+    return found
 
 
-def _report(output: Path, found: dict[str, dict[str, Any]], seconds: dict[str, float]) -> int:
+def _report(story: Story, found: dict[str, dict[str, Any]], seconds: dict[str, float]) -> int:
     """Writes the page, says what was reached, prints the JSON line, and returns the exit status."""
-    from vlm.demo.page import page
+    from vlm.demo.page import HEAD, page
 
-    path, rows, low = output / "flava.html", table(found), missed(found["random"], found["trained"])
-    pictures = output / "flava_pictures.html"
+    path, pictures = story.path(".html"), story.path("_pictures.html")
+    rows, low = table(story.kinds, found), missed(story.kinds, found["random"], found["trained"])
     path.write_text(page(rows, pictures.read_text(encoding="utf-8")), encoding="utf-8")
     pictures.unlink()
-    for name, *cells in [("held-out", "ln of choices", "frequencies", "random", "trained", "fall"), *rows]:
-        steps.say(f"  {name:<44}" + "".join(f"{cell:>14}" for cell in cells))
+    for name, *cells in [HEAD, *rows]:
+        steps.say(f"  {name:<54}" + "".join(f"{cell:>14}" for cell in cells))
     for name in low:
         steps.say(f"{name} misses its mark")
     steps.say(f"{steps.summary(seconds)}\n\nPictures and predictions: {path.absolute()}")

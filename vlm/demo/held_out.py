@@ -14,37 +14,39 @@ from vlm.config import build, parse_config_flag
 from vlm.schema import Config
 
 SEED = 1
+Batches = dict[str, list[dict[str, np.ndarray]]]
+"""Of each stream: "pairs", "images", "text"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Batches of held-out examples as the training of a run makes them, always the same.
+    """A run, to be tried on held-out examples.
 
     Attributes:
       settings: of the run. parts: its model and loss (`vlm.experiment.Experiment`).
       processor: makes batches, and loads texts.
-      batches: of each stream.
     """
 
     settings: Config
     parts: Any
     processor: Any
-    batches: dict[str, list[dict[str, np.ndarray]]]
 
     @classmethod
-    def of(cls, workdir: Path, sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> HeldOut:
-        """Reads a training workdir's configuration and the held-out sources of each stream.
-
-        Raises:
-          UserError: data that cannot be opened, or examples that training could not use either.
-        """
+    def of(cls, workdir: Path) -> HeldOut:
+        """Reads a training workdir's configuration."""
         from vlm.experiment import experiment, make_processor
 
         settings = build(Config, parse_config_flag(str(workdir / "config.json")), "")
         parts = experiment(settings)
-        processor = make_processor(settings, parts.family)
-        batches = {stream: _batches(settings, processor, specs) for stream, specs in sources.items()}
-        return cls(settings, parts, processor, batches)
+        return cls(settings, parts, make_processor(settings, parts.family))
+
+    def batches(self, sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> Batches:
+        """Batches of each stream's sources as training would make them, always the same.
+
+        Raises:
+          UserError: data that cannot be opened, or examples that training could not use either.
+        """
+        return {stream: _batches(self.settings, self.processor, specs) for stream, specs in sources.items()}
 
     def random(self) -> Any:
         """The parameters that the run started from."""
@@ -54,45 +56,52 @@ class HeldOut:
 
         return jax.jit(lambda: unbox(self.parts.init.params(self.settings.train.seed)))()
 
-    def losses(self, params: Any) -> dict[str, float]:
+    def losses(self, params: Any, streams: Batches) -> dict[str, float]:
         """Every loss and accuracy of training, averaged over the batches."""
         import jax
 
         loss = jax.jit(self.parts.loss)
         values: dict[str, list[float]] = {}
-        for batches in self.batches.values():
+        for batches in streams.values():
             for batch in batches:
                 _, (metrics, _) = loss(params, {}, batch, jax.random.key(0))
                 for name, value in metrics.items():
                     values.setdefault(name, []).append(float(value))
         return {name: float(np.mean(each)) for name, each in values.items()}
 
-    def frequencies(self) -> dict[str, float]:
-        """What each loss would be of a model that knows how frequent every label is, and nothing of the example."""
-        found = {}
-        for stream, patches, words in (("pairs", "mmm_image", "mmm_text"), ("images", "mim", ""), ("text", "", "mlm")):
-            batches = self.batches[stream]
-            if patches:
-                found[patches] = _entropy([batch["patch_labels"][batch["patch_mask"]] for batch in batches])
-            if words:
-                labels = [batch["token_labels"] for batch in batches]
-                found[words] = _entropy([each[each >= 0] for each in labels])
-        return found | {"itm": _entropy([batch["itm_labels"] for batch in self.batches["pairs"]])}
-
-    def predictions(self, params: Any, stream: str) -> dict[str, np.ndarray]:
+    def predictions(self, params: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The likeliest visual word of every patch int[B, P], and for pairs the likeliest token int[B, L].
 
-        Of the first batch of "pairs" or "images", with its patches and tokens hidden.
+        Of a batch of pairs or images, with its patches and tokens hidden.
         """
-        import jax
-
         names = ("image", "tokens", "mask", "patch_mask", "masked_tokens")
-        batch = {name: self.batches[stream][0][name] for name in names if name in self.batches[stream][0]}
-        output = jax.jit(functools.partial(self.parts.model.apply, fuse=False))({"params": params}, **batch)
-        if stream == "images":
+        output = _compiled(self.parts.model)(
+            {"params": params}, **{name: batch[name] for name in names if name in batch}
+        )
+        if "tokens" not in batch:
             return {"patches": np.asarray(output.mim_logits[:, 1:].argmax(-1))}
         found = {"patches": output.mmm_image_logits, "tokens": output.mmm_text_logits}
         return {name: np.asarray(logits.argmax(-1)) for name, logits in found.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(model: Any) -> Any:
+    import jax
+
+    return jax.jit(functools.partial(model.apply, fuse=False))
+
+
+def frequencies(streams: Batches) -> dict[str, float]:
+    """What each loss would be of a model that knows how frequent every label is, and nothing of the example."""
+    found = {}
+    for stream, patches, words in (("pairs", "mmm_image", "mmm_text"), ("images", "mim", ""), ("text", "", "mlm")):
+        batches = streams[stream]
+        if patches:
+            found[patches] = _entropy([batch["patch_labels"][batch["patch_mask"]] for batch in batches])
+        if words:
+            labels = [batch["token_labels"] for batch in batches]
+            found[words] = _entropy([each[each >= 0] for each in labels])
+    return found | {"itm": _entropy([batch["itm_labels"] for batch in streams["pairs"]])}
 
 
 def _entropy(labels: list[np.ndarray]) -> float:

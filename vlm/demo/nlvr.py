@@ -72,31 +72,59 @@ class Item(NamedTuple):
     walls: str
 
 
+class Example(NamedTuple):
+    """A scene uint8[100, 400, 3], a sentence about it, and whether it is true."""
+
+    pixels: np.ndarray
+    text: str
+    label: bool
+
+
 def prepare_nlvr(source: str | os.PathLike, folder: str | os.PathLike, seed: int = 0) -> Path:
     """Writes the folder, whole or not at all; a folder that is there already is left as it is. Returns it.
 
     Raises:
         UserError: `source` lacks the two archives of scenes.
     """
-    source, folder = Path(source), Path(folder)
+    folder = Path(folder)
     if folder.exists():
         return folder
-    for name in (TRAIN, TEST):
-        if not (source / name).is_file():
-            raise UserError(f"{source}: expected NLVR's scenes in {TRAIN} and {TEST}, found no {name}")
+    train, test = archives(source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         (draft / "images").mkdir(parents=True)
-        sentences = _write_train(draft, source / TRAIN, np.random.default_rng(seed))
-        _write_test(draft, source / TEST)
+        sentences = _write_train(draft, train, np.random.default_rng(seed))
+        _write_test(draft, test)
         (draft / "tokenizer").mkdir()
         (draft / "tokenizer" / "vocab.txt").write_text("\n".join([*vocabulary(sentences), ""]), encoding="utf-8")
         os.rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def archives(source: str | os.PathLike) -> tuple[Path, Path]:
+    """Where the archives `TRAIN` and `TEST` are.
+
+    Raises:
+        UserError: one of them is not in the folder.
+    """
+    for name in (TRAIN, TEST):
+        if not (Path(source) / name).is_file():
+            raise UserError(f"{source}: expected NLVR's scenes in {TRAIN} and {TEST}, found no {name}")
+    return Path(source) / TRAIN, Path(source) / TEST
+
+
+def examples(archive: Path) -> Iterator[Example]:
+    """The scenes of an archive with their sentences."""
+    fields = {"image": "png", "text": "json/sentence", "label": "json/label"}
+    source = TarSource(str(archive), fields=fields)
+    for index in range(len(source)):
+        row = source[index]
+        pixels = np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB"))
+        yield Example(pixels, row["text"], str(row["label"]).lower() == "true")
 
 
 def parse(pixels: np.ndarray) -> list[list[Item]] | None:
@@ -184,11 +212,16 @@ def vocabulary(sentences: list[str]) -> list[str]:
     return pieces + [f"[unused{index}]" for index in range(VOCABULARY - len(pieces))]
 
 
+def plain(text: str) -> str:
+    """A sentence in lower case without its full stop and needless blanks."""
+    return " ".join(text.lower().rstrip(". ").split())
+
+
 def balanced(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The examples of sentences that are true of some scenes and false of others, the rarer kind repeated."""
     sentences: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
     for row in rows:
-        sentences.setdefault(" ".join(row["text"].lower().rstrip(". ").split()), ([], []))[row["label"]].append(row)
+        sentences.setdefault(plain(row["text"]), ([], []))[row["label"]].append(row)
     chosen = []
     for kinds in sentences.values():
         count = max(map(len, kinds)) if all(kinds) else 0
@@ -198,11 +231,10 @@ def balanced(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _write_train(folder: Path, archive: Path, rng: np.random.Generator) -> list[str]:
     human, generated, captions = [], [], []
-    for number, example in enumerate(_examples(archive)):
-        pixels, label = _pixels(example), _label(example)
+    for number, (pixels, sentence, label) in enumerate(examples(archive)):
         boxes = parse(pixels)
         for index, change in enumerate(colourings()):
-            drawn, text = recolour(pixels, example["text"], change)
+            drawn, text = recolour(pixels, sentence, change)
             image = f"images/train_{number:04d}_{index}.png"
             (folder / image).write_bytes(png(arrange(drawn)))
             human.append({"image": image, "text": text, "label": label})
@@ -223,25 +255,11 @@ def _write_train(folder: Path, archive: Path, rng: np.random.Generator) -> list[
 
 def _write_test(folder: Path, archive: Path) -> None:
     rows = []
-    for number, example in enumerate(itertools.islice(_examples(archive), TEST_FROM, None)):
+    for number, example in enumerate(itertools.islice(examples(archive), TEST_FROM, None)):
         image = f"images/test_{number:04d}.png"
-        (folder / image).write_bytes(png(arrange(_pixels(example))))
-        rows.append({"image": image, "text": example["text"], "label": _label(example)})
+        (folder / image).write_bytes(png(arrange(example.pixels)))
+        rows.append({"image": image, "text": example.text, "label": example.label})
     _write_json(folder / "test.json", rows)
-
-
-def _examples(archive: Path) -> Iterator[dict[str, Any]]:
-    fields = {"image": "png", "text": "json/sentence", "label": "json/label"}
-    source = TarSource(str(archive), fields=fields)
-    yield from (source[index] for index in range(len(source)))
-
-
-def _pixels(example: Mapping[str, Any]) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(example["image"])).convert("RGB"))
-
-
-def _label(example: Mapping[str, Any]) -> bool:
-    return str(example["label"]).lower() == "true"
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 from PIL import Image
 
 from vlm.data.masking import IGNORE
-from vlm.demo.held_out import HeldOut
+from vlm.demo.held_out import Batches, HeldOut
 from vlm.evaluation import html
 
-SHOWN = 10
+SHOWN = 8
 GREY = 128
-TITLE = "FLAVA on handwritten digits"
+TITLE = "FLAVA: six losses on pairs, pictures and texts"
+HEAD = ("held-out", "ln of choices", "frequencies", "random", "trained", "change", "mark")
 WORDS = (
     "From the left: the picture with the hidden patches grey, the guessed visual words painted in as the mean patch of "
     "each, and the right ones."
@@ -27,22 +28,22 @@ def page(rows: Sequence[Sequence[str]], pictures: str) -> str:
     Args:
       rows: of the table, as text. pictures: what `pictures` has made.
     """
-    head = ["on held-out data", "ln of the choices", "by frequency alone", "random weights", "trained", "fall"]
     cells = ([html.text(cell) for cell in row] for row in rows)
-    parts = [f"<h1>{html.text(TITLE)}</h1>", html.table(head, cells, range(1, 6)), pictures]
+    parts = [f"<h1>{html.text(TITLE)}</h1>", html.table(HEAD, cells, range(1, len(HEAD))), pictures]
     return html.page(TITLE, "\n".join(parts))
 
 
-def pictures(held_out: HeldOut, params: Any, means: np.ndarray) -> str:
-    """Hidden and guessed patches and words of held-out pairs and single digits.
+def pictures(held_out: HeldOut, params: Any, streams: Batches, means: np.ndarray, of: str) -> str:
+    """Hidden and guessed patches and words of held-out pairs and pictures.
 
     Args:
-      means: the visual words' mean patches uint8[V, h, w, 3].
+      means: the visual words' mean patches uint8[V, h, w, 3]. of: what the pictures show, for the titles.
     """
     parts = []
-    for stream, title in (("pairs", "Patches and words of pairs"), ("images", "Patches of single digits")):
-        batch, guessed = held_out.batches[stream][0], held_out.predictions(params, stream)
-        parts.append(f'<h2>{html.text(title)}</h2><p class="soft">{html.text(WORDS)}</p>')
+    for stream, title in (("pairs", "Patches and words of pairs"), ("images", "Patches of pictures alone")):
+        batch = streams[stream][0]
+        guessed = held_out.predictions(params, batch)
+        parts.append(f'<h2>{html.text(f"{title}: {of}")}</h2><p class="soft">{html.text(WORDS)}</p>')
         for row in range(min(SHOWN, len(batch["image"]))):
             painted = _painted(batch, guessed["patches"], means, row)
             shown = "".join(f'<div class="card">{html.picture(Image.fromarray(image))}</div>' for image in painted)
