@@ -32,3 +32,22 @@ def random_params(module, *inputs, seed=0, scale=0.2, **named):
     flat = flatten(nn.unbox(shapes)["params"])
     draw = lambda path, leaf: path.endswith("scale") + scale * rng.normal(size=leaf.shape)  # noqa: E731
     return unflatten({path: jnp.asarray(draw(path, leaf), jnp.float32) for path, leaf in flat.items()})
+
+
+def equations(jaxpr):
+    """All equations of a program, those of its sub-programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def products(jaxpr):
+    """(exact, of float32) for every matrix product and convolution of a program."""
+    highest = jax.lax.Precision.HIGHEST
+    for equation in equations(jaxpr):
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            exact = equation.params["precision"] in (highest, (highest, highest))
+            yield exact, all(operand.aval.dtype == jnp.float32 for operand in equation.invars)

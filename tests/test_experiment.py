@@ -14,6 +14,8 @@ from vlm.flops import count_flops
 from vlm.training import init_state
 from vlm.tree import flatten
 
+from .quick import products
+
 BATCH, LENGTH = 16, 6
 TOWER = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 32}
 MODEL = {
@@ -22,11 +24,12 @@ MODEL = {
     "project_dim": 16,
     "projection_dim": 12,
 }
+PROCESSOR = {"image": {"size": 8, "crop": 8}, "max_length": LENGTH}
 GROUPS = (("vision/.*|vision_projection/.*", {"freeze": True}), (".*", {}))
 
 
 def settings(**changes):
-    config = {"family": "altclip", "model": MODEL, "data": {"batch_size": BATCH}} | changes
+    config = {"family": "altclip", "model": MODEL, "processor": PROCESSOR, "data": {"batch_size": BATCH}} | changes
     config.setdefault("optimizer", {"lr": 1e-2, "schedule": {"name": "constant"}, "grad_clip_norm": 1.0})
     config.setdefault("loss", {"lock_image": "groups" in config["optimizer"]})
     return build(schema.Config, complete(config), "")
@@ -92,12 +95,33 @@ def test_model_flops_leave_out_recomputation():
     assert flops("full") > 1.2 * flops("none")
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_float32_is_multiplied_in_float32(compute):
+    """Accelerators multiply it in less unless told; half precision is left to them."""
+    parts = experiment(settings(precision={"compute": compute}))
+    state = sharding.unbox(parts.init.abstract())
+    gradient = jax.grad(lambda p, b: parts.loss(p, {}, b, jax.random.key(0))[0])
+    found = list(products(jax.make_jaxpr(gradient)(state.params, batch_of(0)).jaxpr))
+    assert all(exact == float32 for exact, float32 in found)
+    halves = sum(not float32 for _, float32 in found)
+    assert halves == 0 if compute == "float32" else halves > len(found) / 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"family": "altclop"}, "config.family: .*did you mean 'altclip'"),
         ({"model": {"vision": {"hidden_sise": 3}}}, r"config\.model\.vision\.hidden_sise .*did you mean 'hidden_size'"),
         ({"model": {"vision": {"num_heads": 7}}}, r"config\.model\.vision"),
+        ({"model": MODEL | {"vision": TOWER | {"num_layers": 0}}}, r"vision: num_layers: expected at least 1, found 0"),
+        ({"model": MODEL | {"text": TOWER | {"mlp_dim": -3}}}, r"config\.model\.text: mlp_dim: expected at least 1"),
+        ({"model": MODEL | {"text": TOWER | {"max_length": 2}}}, r"max_tokens: expected at least 1, found 0"),
+        (
+            {"model": MODEL | {"text": TOWER | {"dropout_rate": 1.0}}},
+            r"text: dropout_rate: .* 0 to below 1, found 1\.0",
+        ),
+        ({"model": MODEL | {"projection_dim": 0}}, r"config\.model: projection_dim: expected at least 1, found 0"),
+        ({"processor": PROCESSOR | {"max_length": 11}}, r"max_length: expected at most the 10 positions .*, found 11"),
         ({"loss": {"objective": "contrast"}}, r"config\.loss\.objective: expected one of"),
         ({"optimizer": {"groups": (("visoin/.*", {}), (".*", {}))}}, "nothing matches the rule visoin"),
     ],

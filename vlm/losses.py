@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
-from vlm.layers.arrays import AnyArray, along_last
+from vlm.layers.arrays import AnyArray, along_last, exact
 
 RING_FROM = 65_536
 """Global batch size from which `contrastive(form="auto")` streams blocks instead of keeping rows."""
@@ -211,7 +211,8 @@ def _spread(function: Any, axes: Axes, in_specs: Any, out_specs: Any) -> Any:
 
 
 def _logits(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
-    return scale * jnp.einsum("id,jd->ij", image, text, preferred_element_type=jnp.float32)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=exact(image, text))
+    return scale * product("id,jd->ij", image, text)
 
 
 def _weighted(
@@ -222,10 +223,9 @@ def _weighted(
     rows, columns = jnp.exp(logits - per_image[:, None]) / 2, jnp.exp(logits - per_text[None, :]) / 2
     if candidates:
         rows = columns = rows + columns
-    return (
-        jnp.einsum("ij,jd->id", rows, text.astype(jnp.float32)),
-        jnp.einsum("ij,id->jd", columns, image.astype(jnp.float32)),
-    )
+    image, text = image.astype(jnp.float32), text.astype(jnp.float32)
+    product = partial(jnp.einsum, precision=exact(rows, image, text))
+    return product("ij,jd->id", rows, text), product("ij,id->jd", columns, image)
 
 
 def _rows_normalisers(image: jax.Array, text: jax.Array, scale: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:

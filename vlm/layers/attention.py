@@ -6,6 +6,7 @@ query/key normalisation, attention over another sequence. The softmax runs in fl
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, exact
 from vlm.layers.cache import Cache
 from vlm.layers.linear import Initializer, Linear, constrain, default_init
 from vlm.layers.norms import LayerNorm, RMSNorm
@@ -26,11 +27,12 @@ KeysValues = tuple[Float[Array, "b m k d"], Float[Array, "b m k d"]]
 def attention_kernel(backend: str, dtype: Any, head_dim: int, *, masked: bool) -> Literal["cudnn", "xla", "late"]:
     """Names the formulation that `dot_product_attention` uses.
 
-    * "late" on CPU: the softmax is normalised after the product with the values, on [L, D] instead of [L, M] numbers;
+    * "late" on CPUs and in float32: the softmax is normalised after the product with the values, on [L, D] instead of
+      [L, M] numbers; products are exact;
     * "cudnn" on NVIDIA GPUs in half precision without a mask (its masked backward pass wants lengths of 64·n);
     * "xla" everywhere else.
     """
-    if backend == "cpu":
+    if backend == "cpu" or jnp.dtype(dtype) == jnp.float32:
         return "late"
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     return "cudnn" if backend == "gpu" and half and not masked and head_dim % 8 == 0 and head_dim <= 128 else "xla"
@@ -51,7 +53,7 @@ def dot_product_attention(
         scores, grouped_value = _scores(query, key, value, mask)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         total = weights.sum(-1, keepdims=True)
-        mixed = jnp.einsum("bkglm,bkmd->bkgld", weights.astype(value.dtype), grouped_value)
+        mixed = jnp.einsum("bkglm,bkmd->bkgld", weights.astype(value.dtype), grouped_value, precision=exact(value))
         return _merge((mixed / total.astype(mixed.dtype)), query.shape)
     implementation = "cudnn" if kernel == "cudnn" else "xla"
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
@@ -75,7 +77,8 @@ def _scores(
     kv_heads = key.shape[2]
     grouped = (query * width**-0.5).transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads, length, width)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bkgld,bkmd->bkglm", grouped, key, preferred_element_type=jnp.float32)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=exact(grouped, key))
+    scores = product("bkgld,bkmd->bkglm", grouped, key)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:1], mask.shape[1], *mask.shape[2:]))
         mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], kv_heads, -1, *mask.shape[2:])
@@ -94,14 +97,15 @@ def cached_attention(query: Float[AnyArray, "b l h d"], cache: Cache, mask: Mask
         (query * width**-0.5).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, width)
     )  # groups and rows: one axis
     key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
-    scores = jnp.einsum("bkrd,bkmd->bkrm", grouped, key, preferred_element_type=jnp.float32)
+    product = partial(jnp.einsum, precision=exact(grouped, key))
+    scores = product("bkrd,bkmd->bkrm", grouped, key, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, heads, length, -1)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     total = weights.sum(-1)[..., None]
     flat = weights.reshape(batch, kv_heads, -1, weights.shape[-1]).astype(value.dtype)
-    mixed = jnp.einsum("bkrm,bkmd->bkrd", flat, value).reshape(batch, heads, length, width)
+    mixed = product("bkrm,bkmd->bkrd", flat, value).reshape(batch, heads, length, width)
     return (mixed / total.astype(mixed.dtype)).transpose(0, 2, 1, 3)
 
 
@@ -219,5 +223,5 @@ class Attention(nn.Module):
         dropped = nn.Dropout(self.dropout_rate, name="dropout")(weights, deterministic=not dropout)
         groups = query.shape[2] // key.shape[2]
         value = value if groups == 1 else jnp.repeat(value, groups, axis=2)
-        mixed = jnp.einsum("bhlm,bmhd->blhd", dropped.astype(value.dtype), value)
+        mixed = jnp.einsum("bhlm,bmhd->blhd", dropped.astype(value.dtype), value, precision=exact(value))
         return mixed, weights if output_attentions else None

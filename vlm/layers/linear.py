@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ from flax.linen.spmd import RulesFallback
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from vlm.layers.arrays import AnyArray, along_last
+from vlm.layers.arrays import AnyArray, along_last, exact
 
 Initializer = Callable[..., Any]
 Dtype = Any
@@ -61,13 +62,13 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Only its derivative differs from `jnp.dot`'s: the kernel's gradient is one product that yields [I, O] as it is
     stored. Autodiff's own yields its transpose, for which CPUs copy the activations and run at half the speed.
     """
-    return jnp.dot(x, kernel)
+    return jnp.dot(x, kernel, precision=exact(x, kernel))
 
 
 def _matmul_forward(x: Any, kernel: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
     """Keeps what the gradients of the differentiated operands need: a frozen kernel's input is not kept."""
     kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
-    return jnp.dot(x.value, kernel.value), kept
+    return jnp.dot(x.value, kernel.value, precision=exact(x.value, kernel.value)), kept
 
 
 def _matmul_backward(kept: tuple[jax.Array | None, jax.Array | None], g: Any) -> tuple[Any, Any]:
@@ -75,8 +76,9 @@ def _matmul_backward(kept: tuple[jax.Array | None, jax.Array | None], g: Any) ->
     if isinstance(g, SymbolicZero):
         return None, None
     rows = tuple(range(g.ndim - 1))
-    into_x = None if kernel is None else jax.lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
-    into_kernel = None if x is None else jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+    product = partial(jax.lax.dot_general, precision=exact(g))
+    into_x = None if kernel is None else product(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
+    into_kernel = None if x is None else product(x, g, ((rows, rows), ((), ())))
     return into_x, into_kernel
 
 
@@ -135,7 +137,8 @@ class Embedding(nn.Module):
 
     def attend(self, hidden: Float[AnyArray, "*b e"]) -> Float[Array, "*b v"]:
         """Scores `hidden` against every row of the table."""
-        return jnp.dot(hidden.astype(self.dtype), self.embedding.astype(self.dtype).T)
+        hidden = hidden.astype(self.dtype)
+        return jnp.dot(hidden, self.embedding.astype(self.dtype).T, precision=exact(hidden))
 
     def _init(self, *arguments: Any) -> jax.Array:
         table = self.embedding_init(*arguments)

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm.layers.arrays import AnyArray, along_last
+from vlm.layers.arrays import AnyArray, along_last, exact
 from vlm.layers.linear import Linear, default_init, param
-from vlm.layers.mlp import ACTIVATIONS
+from vlm.layers.mlp import ACTIVATIONS, Activation
 from vlm.layers.norms import LayerNorm
 
 
@@ -23,7 +23,7 @@ class LMHead(nn.Module):
 
     vocab_size: int
     norm_eps: float
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     tied: bool = True
     dtype: Any = "float32"
 
@@ -37,8 +37,8 @@ class LMHead(nn.Module):
         bias = param(self, "bias", nn.initializers.zeros_init(), (self.vocab_size,), ("vocab",)).astype(dtype)
         if self.tied:
             assert embedding is not None, "a tied head needs the token embedding"
-            logits = jnp.dot(hidden, embedding.astype(dtype).T)
+            logits = jnp.dot(hidden, embedding.astype(dtype).T, precision=exact(hidden))
             return logits + along_last(bias, logits)
         kernel = param(self, "kernel", default_init, (width, self.vocab_size), ("embed", "vocab"))
-        logits = jnp.dot(hidden, kernel.astype(dtype))
+        logits = jnp.dot(hidden, kernel.astype(dtype), precision=exact(hidden))
         return logits + along_last(bias, logits)

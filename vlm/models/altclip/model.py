@@ -16,11 +16,12 @@ from vlm.encoders.bert import Bert, BertConfig
 from vlm.encoders.clip_text import ClipText, ClipTextConfig
 from vlm.encoders.output import EncoderOutput
 from vlm.encoders.vit import ViT, ViTConfig
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, exact
 from vlm.layers.linear import Linear, param
 from vlm.layers.lm_head import LMHead
 from vlm.layers.norms import LayerNorm, normalise
 from vlm.losses import contrastive
+from vlm.strict import at_least
 
 normal = nn.initializers.normal
 
@@ -53,6 +54,7 @@ class AltCLIPConfig:
     lm_head: bool = False
 
     def __post_init__(self) -> None:
+        at_least(1, self, "project_dim", "projection_dim")
         towers = [name for name in ("vision", "text", "clip_text") if getattr(self, name) is not None]
         if not towers or {"text", "clip_text"} <= set(towers):
             raise ValueError(f"model: expected a vision tower and/or one text tower, found {towers or 'none'}")
@@ -157,7 +159,7 @@ class AltCLIP(nn.Module):
         logits = loss = None
         if image_embeds is not None and text_embeds is not None:
             scale = jnp.exp(self.logit_scale)
-            logits = scale * jnp.dot(text_embeds, image_embeds.T)
+            logits = scale * jnp.dot(text_embeds, image_embeds.T, precision=exact(text_embeds))
             loss = contrastive(image_embeds, text_embeds, scale) if return_loss else None
         per_image = None if logits is None else logits.T
         return AltCLIPOutput(loss, per_image, logits, text_embeds, image_embeds, text, vision)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm.encoders.output import EncoderOutput
 from vlm.encoders.vit import ViT
 from vlm.fusion.med import Med
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, exact
 from vlm.layers.linear import Linear, param
 from vlm.layers.lm_head import LMHead
 from vlm.layers.norms import normalise
@@ -332,7 +332,7 @@ class BLIP(Writing, nn.Module):
         return found | {"question_embeds": output.last_hidden_state, "text_model_output": output}
 
     def _compare(self, image: jax.Array, text: jax.Array, return_loss: bool) -> dict[str, Any]:
-        config, cosine = self.config, jnp.dot(image, text.T)
+        config, cosine = self.config, jnp.dot(image, text.T, precision=exact(image))
         scale = jnp.ones(())
         if config.temperature is not None:
             scale = 1 / self.temperature

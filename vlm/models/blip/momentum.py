@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm.errors import UserError
 from vlm.family import Batch, Extra, Metrics, Params
+from vlm.layers.arrays import exact
 from vlm.layers.linear import constrain
 from vlm.layers.norms import normalise
 from vlm.tree import flatten, unflatten
@@ -100,7 +101,7 @@ def in_groups(x: Shaped[Array, "b ..."], group: int) -> Shaped[Array, "n g ..."]
 
 def similarities(query: Float[Array, "b d"], keys: Float[Array, "b d"], group: int) -> Float[Array, "b g"]:
     """Cosines of each row with the rows of its group."""
-    cosines = jnp.einsum("ngd,nkd->ngk", in_groups(query, group), in_groups(keys, group))
+    cosines = jnp.einsum("ngd,nkd->ngk", in_groups(query, group), in_groups(keys, group), precision=exact(query))
     return cosines.reshape(len(query), group)
 
 
@@ -129,7 +130,7 @@ def itc(
     fixed = jax.lax.stop_gradient(temperature)
     batch, teacher_batch = (similarities(x, keys, group) / t for x, t in ((query, temperature), (teacher_query, fixed)))
     old, teacher_old = (
-        constrain(jnp.einsum("bd,qd->bq", x, queue), None, "batch") / t
+        constrain(jnp.einsum("bd,qd->bq", x, queue, precision=exact(x)), None, "batch") / t
         for x, t in ((query, temperature), (teacher_query, fixed))
     )
 

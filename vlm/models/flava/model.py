@@ -14,7 +14,7 @@ from vlm.encoders.dvae import DVAEEncoder
 from vlm.encoders.output import EncoderOutput
 from vlm.encoders.vit import ViT
 from vlm.fusion.multimodal import FusionEncoder
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, exact
 from vlm.layers.linear import Linear, param
 from vlm.layers.lm_head import LMHead
 from vlm.layers.mlp import ACTIVATIONS
@@ -330,7 +330,7 @@ class FLAVA(nn.Module):
         if image is None or text is None or self.config.projection_dim is None:
             return {}
         pair = normalise(self.project("vision", image)), normalise(self.project("text", text))
-        logits = jnp.exp(self.logit_scale) * jnp.dot(pair[0], pair[1].T)
+        logits = jnp.exp(self.logit_scale) * jnp.dot(pair[0], pair[1].T, precision=exact(pair[0]))
         return {"contrastive_logits_per_image": logits, "contrastive_logits_per_text": logits.T}
 
     def _predict(self, image: Any = None, text: Any = None, multimodal: Any = None) -> dict[str, Any]:
