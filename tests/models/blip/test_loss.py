@@ -22,6 +22,8 @@ from vlm.schema import GroupConfig, MeshConfig, OptimizerConfig, ScheduleConfig,
 from vlm.training import StateInit, init_state, make_train_step, trace_step
 from vlm.tree import flatten, unflatten
 
+from ...quick import equations, products
+
 B, L, V, Q, D, PATCH = 16, 5, 40, 56, 6, 6
 VISION = ViTConfig(
     hidden_size=8, num_layers=2, num_heads=2, mlp_dim=12, image_size=12, patch_size=PATCH, activation="gelu",
@@ -40,6 +42,7 @@ MODELS = {
     "vqa": NONE | {"decoder": TEXT},
     "classification": NONE | {"num_labels": 3},
     "matching": NONE | {"itm": True},
+    "dialog": NONE | {"itm": True},
 }
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 compiled = functools.partial(jax.jit, compiler_options=FAST)
@@ -65,6 +68,8 @@ def batch_of(seed=0, rows=B):
         "answer_mask": np.arange(4)[None, None] < rng.integers(2, 5, (rows, 3, 1)),
         "answer_weights": (rng.integers(0, 3, (rows, 3)) / 10).astype(np.float32),
         "labels": rng.integers(0, 2, rows).astype(np.int32),
+        "caption_tokens": tokens[::-1].astype(np.int32),
+        "caption_mask": mask[::-1],
     }
 
 
@@ -152,16 +157,6 @@ def pretraining():
     return run, [run.step(seed) for seed in range(3)], jax.device_get(run.state)
 
 
-def equations(jaxpr):
-    """All equations of a program, those of its sub-programs included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
 def test_one_image_forward_for_the_student_and_one_for_the_teacher():
     run, metrics, _ = pretraining()
     width = PATCH * PATCH * 3  # only patches are that wide
@@ -174,6 +169,11 @@ def test_one_image_forward_for_the_student_and_one_for_the_teacher():
     assert {"itc", "itm", "lm", "itm_accuracy", "temperature", "alpha"} <= set(metrics[0])
     first = metrics[0]
     assert first["loss"] == pytest.approx(first["itc"] + first["itm"] + first["lm"], rel=1e-5)
+
+
+def test_float32_is_multiplied_in_float32():
+    found = list(products(pretraining()[0].traced.jaxpr.jaxpr))
+    assert len(found) > 50 and all(exact for exact, _ in found)
 
 
 def test_the_teacher_moves_before_it_is_used_with_the_parameters_before_the_update():
@@ -322,6 +322,7 @@ TASKS = {
     "vqa": {},
     "classification": {"distill": True},
     "matching": {},
+    "dialog": {},
 }
 UNSEEN = "key/bias"
 """Softmax does not see it: its gradient is rounding errors."""
@@ -364,7 +365,7 @@ def test_the_queue_holds_the_moved_teachers_features():
     )
     teacher = {name: after["teacher"][name] for name in ("vision", "vision_projection")}
     model = module("pretrain")
-    encode = jax.jit(
+    encode = compiled(
         lambda image: model.apply({"params": run.start.params | teacher}, image, method=model.encode_image)
     )
     embeds = np.asarray(encode(batch_for("pretrain")["image"]))
@@ -444,11 +445,12 @@ def test_distillation_mixes_towards_the_moved_teacher():
 
 
 def test_a_dialog_also_reads_the_caption():
-    run, (plain, *_) = fallen("matching")
-    model, batch = module("matching"), batch_for("matching")
-    batch |= {"caption_tokens": batch["tokens"][::-1], "caption_mask": batch["mask"][::-1]}
-    step = compiled(lambda params: loss(model, params, {}, batch, jax.random.key(0), LossConfig("matching"))[0])
-    assert abs(float(step(run.start.params)) - plain) > 1e-6
+    run, (whole, *_) = fallen("dialog")
+    model, batch, config = module("dialog"), batch_for("dialog"), LossConfig("dialog")
+    step = compiled(lambda params, batch: loss(model, params, {}, batch, jax.random.key(0), config)[0])
+    assert abs(float(step(run.start.params, batch)) - whole) < 1e-5
+    other = batch | {"caption_tokens": batch["tokens"], "caption_mask": batch["mask"]}
+    assert abs(float(step(run.start.params, other)) - whole) > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -460,6 +462,7 @@ def test_a_dialog_also_reads_the_caption():
             "objective 'retrieval' needs image_id; the examples give image, mask, tokens",
         ),
         ("vqa", {"answer_weights": None}, "objective 'vqa' needs answer_weights"),
+        ("dialog", {"caption_tokens", "caption_mask"}, "objective 'dialog' needs caption_tokens, caption_mask"),
     ],
 )
 def test_what_is_missing_is_named(objective, changes, message):

@@ -28,7 +28,7 @@ from vlm.schema import MeshConfig, OptimizerConfig, ShardingConfig
 from vlm.training import StateInit, make_train_step
 from vlm.tree import flatten
 
-from ...quick import apply
+from ...quick import apply, products
 from .conftest import our_tree
 
 RNG = np.random.default_rng(1)
@@ -269,7 +269,9 @@ def test_heads_run_on_masked_positions_only(pair):
     cost = {}
     for count in (None, 2):
         step = _compiled(model, LossConfig(max_masked_tokens=count))
-        cost[count] = count_flops(step.trace(params, _inputs("texts")).jaxpr)
+        program = step.trace(params, _inputs("texts")).jaxpr
+        assert all(exact for exact, _ in products(program.jaxpr))  # float32 is multiplied in float32
+        cost[count] = count_flops(program)
     head = 2 * 24 * (24 + 50)  # per position
     assert cost[None] - cost[2] == 3 * ROWS * (LENGTH - 2) * head
 
