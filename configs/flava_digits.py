@@ -11,9 +11,17 @@
 computed beforehand (`data.codebook_cache`). `configs/flava_digits.py:VARIANT,FOLDER` reads from FOLDER instead of
 demo_output.
 
-No numbers of these settings are known yet. With the contrastive loss weighted 2 instead of 10 and 800 steps the class
-token was read worse than that of random weights (42.6 % against 48.8 % for the left digit, 55.7 % against 63.3 % for
-single digits).
+These settings have not been run to their end yet; by its first 300 steps a run costs about 12 CPU minutes. What led to
+them (`nlvr`; the training loss is the mean over all kinds of pairs):
+
+| settings                                            | steps | contrastive | left digit | picture of a caption |
+|-----------------------------------------------------|-------|-------------|------------|----------------------|
+| lr 2e-3                                             | 800   | 2.42        | 42.6 %     | 6.0 %                |
+| lr 1e-3, a tenth of it for the patch embedding      | 300   | 2.14        | 45.0 %     | 30.6 %               |
+
+The probe and recall@1 of the first row are of the test scenes, where random weights have 48.8 % and 1.8 %: it missed
+its marks, which are kept. Those of the second row are of scans held back from the training part. With digits, only the
+contrastive loss, and lr 2e-3, 240 steps end at 1.39 with `MEAN` and `STD`, at 2.36 with CLIP's.
 """
 
 from ml_collections import ConfigDict
@@ -55,7 +63,7 @@ def _config(name: str, folder: str) -> ConfigDict:
     }
     config = ConfigDict({"family": "flava", "model": model})
     most = {"max_masked_patches": 14, "max_masked_tokens": 8, "max_masked_words": round(0.15 * max_length)}
-    config.loss = {**most, "contrastive": 10.0}
+    config.loss = {**most, "contrastive": 2.0}
     config.processor = {
         "tokenizer": f"{folder}/words_{name}/tokenizer",
         "image": {"size": visual_words.SIDE, "crop": None, "mode": "exact", "mean": MEAN, "std": STD},
@@ -76,15 +84,19 @@ def _config(name: str, folder: str) -> ConfigDict:
     }
     config.optimizer = {
         "name": "adamw",
-        "lr": 2e-3,
+        "lr": 1e-3,
         "schedule": {"name": "cosine", "warmup_steps": 100},
         "betas": (0.9, 0.98),
         "weight_decay": 0.05,
         "decay_exclude": ("logit_scale",),
         "grad_clip_norm": 1.0,
-        "groups": (("(vision|text|fusion)/pooler/.*", {"freeze": True}), (".*", {})),
+        "groups": (
+            ("(vision|text|fusion)/pooler/.*", {"freeze": True}),
+            ("vision/patch_embedding/.*", {"lr_multiplier": 0.1}),  # the pixels of ink are large, and change together
+            (".*", {}),
+        ),
     }
-    config.train = {"steps": 1000, "log_every": 50}
+    config.train = {"steps": 1500, "log_every": 50}
     config.eval = _evaluations(folder) | (_nlvr_evaluations(folder) if name == "nlvr" else {})
     return config
 
