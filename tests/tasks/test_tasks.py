@@ -6,10 +6,11 @@ import json
 import pathlib
 import tarfile
 
+import jax
 import pytest
 
 import vlm
-from vlm import evaluation
+from vlm import evaluation, sharding
 from vlm.config import load
 from vlm.data.source import open_source
 from vlm.errors import UserError
@@ -272,6 +273,28 @@ def test_runs_prints_and_reads_back(data, config, tiny_flava, tmp_path, capsys, 
     assert status == 0 and json.loads(out.splitlines()[-1])["ours"] == last["ours"]
     status, _, err = run(capsys, *command, "--only=mnist")
     assert status == 2 and "rte is of another checkpoint (another" in err
+
+
+def test_answers_to_questions_from_the_files_to_the_table(data, config, tiny_flava, tmp_path, capsys, monkeypatch):
+    """VQA: files as published, training in a larger size, a line per answer, the table; on one device."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    vlm.save(tmp_path / "model", *tiny_flava())
+    output = tmp_path / "out"
+    command = [f"--config={config}", f"--checkpoint={tmp_path / 'model'}", f"--output={output}", f"--data={data}"]
+    status, out, err = run(capsys, *command, "--only=vqa")
+    assert status == 0, err
+    ours = json.loads(out.splitlines()[-1])["ours"]
+
+    answers = json.loads((output / "vqa/answers.json").read_text())
+    asked = [json.loads(line) for line in (output / "vqa/result.vqa.jsonl").read_text().splitlines()]
+    assert len(asked) == 8 and all(row["answer"] in answers and len(row["answers"]) == 10 for row in asked)
+    right = [row["answer"] == row["answers"][0] for row in asked]  # all ten people agree
+    official = json.loads((output / "vqa/result.vqa.results.json").read_text())
+    assert [(row["question_id"], row["answer"]) for row in official] == [(r["question_id"], r["answer"]) for r in asked]
+    assert ours["vqa/VQA accuracy"] == round(100 * sum(right) / 8, 2)
+    steps = [json.loads(line) for line in (output / "vqa/run/metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] == 2 and 0 < steps[-1]["loss"] < 3
 
 
 def _changed(made):
