@@ -64,8 +64,11 @@ PARTS = {  # of each task's model, beside the image encoder; True: a text stack 
 TASKS = ("pretrain", "pretrain_code", "retrieval_coco", "retrieval_flickr", *list(PARTS)[2:])
 PUBLISHED = ("base", "large", *(f"{size}_{task}" for size in ("base", "large") for task in TASKS))
 PUBLISHED = tuple(name for name in PUBLISHED if name != "large_dialog")  # image and text states must have one width
+PRETRAINING = {  # pairs of image and text that an epoch draws: all, and of LAION's 115 M one fifth (paper, section 4.1)
+    "coco": 567_000, "vg": 769_000, "sbu": 860_000, "cc3m": 3_000_000, "cc12m": 10_000_000, "laion": 115_000_000 // 5,
+}  # fmt: skip
 EPOCH = {  # examples of one pass
-    "pretrain": 14_100_000 + 115_000_000 // 5,  # of LAION's 115 M images one fifth is seen in each epoch
+    "pretrain": sum(PRETRAINING.values()),
     "retrieval_coco": 566_747, "retrieval_flickr": 145_000, "caption": 566_747, "vqa": 1_380_000, "nlvr": 86_373,
     "classification": 529_527, "dialog": 1_232_870,
 }  # fmt: skip
@@ -101,8 +104,10 @@ def _pretrain(size: str, code: bool) -> ConfigDict:
     peak = 3e-4 if code or size == "base" else 2e-4
     config.loss = {"objective": "pretrain", "queue_size": 57_600, "momentum": 0.995, "alpha": 0.4}
     config.loss.update({"alpha_steps": 2 * steps, "group_size": 75 if code or size == "large" else 90})
-    kinds = ("coco", "vg", "sbu", "cc3m", "cc12m", "laion")
-    config.data.sources = tuple({"kind": "json", "path": f"data/pretrain/{kind}.json"} for kind in kinds)
+    config.data.sources = tuple(
+        {"kind": "json", "path": f"data/pretrain/{name}.json", "weight": float(pairs)}
+        for name, pairs in PRETRAINING.items()
+    )
     config.data.batch_size = batch
     config.init = ({"path": f"checkpoints/start_{size}"},)
     schedule = {"name": "exponential", "decay_rate": 0.9 if code else 0.85, "epoch_steps": steps}

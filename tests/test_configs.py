@@ -75,6 +75,18 @@ def test_pretraining_follows_the_published_schedule():
     assert settings.optimizer.decay_exclude == () and settings.optimizer.bounds == (("temperature", 0.001, 0.5),)
 
 
+@pytest.mark.parametrize("name", ["base", "large", "base_pretrain_code"])
+def test_pretraining_draws_a_fifth_of_laion_per_epoch(name):
+    """And every other pair once: whatever the files' sizes, of which LAION's is nine tenths."""
+    settings = settings_of(f"configs/blip.py:{name}")
+    weights = {source["path"].split("/")[-1]: source["weight"] for source in settings.data.sources}
+    epoch = settings.train.steps // 20 * settings.data.batch_size
+    drawn = {source: epoch * weight / sum(weights.values()) for source, weight in weights.items()}
+    assert drawn["laion.json"] == pytest.approx(115e6 / 5, rel=1e-3)
+    assert drawn["coco.json"] == pytest.approx(567e3, rel=1e-3) and len(drawn) == 6
+    assert sum(drawn.values()) - drawn["laion.json"] == pytest.approx(15.2e6, rel=1e-3)
+
+
 def test_fine_tuning_follows_a_cosine_of_epochs():
     settings = settings_of("configs/blip.py:base_vqa")
     rate = learning_rate(settings.optimizer, settings.train.steps)
