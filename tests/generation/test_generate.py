@@ -132,7 +132,8 @@ def test_cached_steps_equal_the_full_pass(pair, drawn, prompts, side):
 def test_greedy_is_one_beam(pair, prompts):
     """With one beam, the first sequence to end is the greedy one."""
     settings = {"max_new_tokens": 8, "min_new_tokens": 2, "no_repeat_ngram_size": 3}
-    one = GenerationConfig(**settings, early_stopping=True)
+    one = GenerationConfig(**settings)
+    object.__setattr__(one, "early_stopping", True)  # of one beam it is refused
     arrays = prompts([4, 4])
     prompt = Prompt(*map(jnp.asarray, (arrays["tokens"], np.full(2, 4, np.int32), np.full(2, 8, np.int32))))
     decoder, traced = pair.model.clone(decoding=True), numbers(one, (2,), 12)
@@ -251,6 +252,15 @@ def test_sharded_equals_one_device(pair, prompts):
         ({"bad_words_ids": ((3,), (2,))}, "a stop token cannot be forbidden"),
         ({"beam_normalisation": "legacy", "num_beams": 2, "early_stopping": "never"}, "'never' exists with"),
         ({"do_sample": True, "rng": jnp.zeros(2, jnp.uint32)}, "rng: expected a key"),
+        ({"rng": jax.random.key(0)}, "rng: only draws use it; expected do_sample=True"),
+        ({"seed": 4}, "seed: only draws use it; expected do_sample=True"),
+        ({"length_penalty": 3.0}, "length_penalty: only beam search uses it; expected num_beams of at least 2"),
+        ({"early_stopping": True}, "early_stopping: only beam search uses it"),
+        ({"early_stopping": "never", "do_sample": True}, "early_stopping: only beam search uses it"),
+        ({"beam_normalisation": "legacy"}, "beam_normalisation: only beam search uses it"),
+        ({"min_new_tokens": 50}, "min_new_tokens: expected at most 20, the limit on new tokens, found 50"),
+        ({"min_new_tokens": 4, "max_new_tokens": 3}, "min_new_tokens: expected at most 3"),
+        ({"min_new_tokens": 9, "max_length": 9}, "min_new_tokens: expected at most 8"),
     ],
 )
 def test_wrong_settings_die_at_the_door(pair, drawn, prompts, settings, message):
@@ -280,6 +290,13 @@ def test_wrong_prompts_die_at_the_door(pair, drawn, prompts):
         generate(pair.model, broken, batch)
     with pytest.raises(UserError, match="dict does not generate text"):
         generate({}, drawn, batch)
+
+
+def test_defaults_that_are_given_pass():
+    given = {"seed": 0, "length_penalty": 1.0, "early_stopping": False, "beam_normalisation": "hf", "temperature": 1.0}
+    assert GenerationConfig(**given, min_new_tokens=20) == GenerationConfig(min_new_tokens=20)
+    beams = {"length_penalty": 3.0, "early_stopping": "never", "min_new_tokens": 8, "max_length": 9}
+    assert GenerationConfig(num_beams=2, **beams).length_penalty == 3
 
 
 @pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "length_penalty"])

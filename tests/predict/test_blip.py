@@ -66,6 +66,17 @@ def test_captions(run, images, tiny_blip, tmp_path):
         assert row["image"] == str(images[number])
 
 
+def test_unconditional_captions(run, images, tiny_blip):
+    status, out, _ = run(
+        "caption", "--task=caption", f"--image={images[0]}", "--text=", "--num_beams=1", "--max_length=5"
+    )
+    model, params, processor = tiny_blip("caption")
+    found = generate(model, params, processor(images=images[:1]), max_length=5, min_length=5)
+    row = answer(out)["results"][0]
+    assert status == 0 and row["prompt"] == "" and found.prompt_lengths[0] == 1
+    assert row["caption"] == processor.tokenizer.decode(found.completions[0].tolist())
+
+
 def test_answers(run, images, tiny_blip):
     questions = ["which digit is larger?", "is there a two?"]
     texts = [f"--text={q}" for q in questions]
@@ -130,6 +141,12 @@ def test_localise(run, images, tmp_path):
         ("retrieval", ["--task=match", "--text=a", "--layer=2"], "--layer belongs to"),
         ("caption", ["--task=caption", "--text=a", "--text=b"], "takes one --text"),
         ("caption", ["--task=caption", "--temperature=2"], "do_sample=True"),
+        ("caption", ["--task=caption", "--seed=4"], "seed: only draws use it"),
+        ("caption", ["--task=caption", "--num_beams=1", "--length_penalty=3"], "only beam search uses it"),
+        ("caption", ["--task=caption", "--num_beams=1", "--beam_normalisation=legacy"], "only beam search uses it"),
+        ("caption", ["--task=caption", "--text=" + "a " * 21], "a prompt of 22 tokens"),
+        ("caption", ["--task=caption", "--text=" + "a " * 30, "--max_new_tokens=3"], "at most 24 tokens, found 31"),
+        ("vqa", ["--task=answer", "--text=" + "what " * 60], "tokens, found 62: what what"),
         ("caption", ["--task=caption", "--num_beams=0"], "num_beams: expected at least 1"),
     ],
 )

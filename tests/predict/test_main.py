@@ -127,6 +127,8 @@ def test_embed(run, images, tmp_path):
         (["--task=embed", "--text=a", "--output={tmp}/no/x.npy"], "cannot write"),
         (["--task=retrieve", "--image={images}", "--text=a", "--top=0"], "at least 1"),
         (["--task=retrieve", "--image={images}", "--text=a", "--template={{c}}"], "--template belongs"),
+        (["--task=embed", "--text=a", "--top=3"], "--top belongs to --task=classify and retrieve"),
+        (["--task=caption", "--image={images}", "--top=5"], "--top belongs"),
         (["--task=embed", "--text=a", "--colour=red"], "--colour"),
     ],
 )

@@ -65,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--labels", type=int, metavar="N", help="classes, for --task=classification")
     parser.add_argument("--random", action="store_true", help="initialise what --task finds in no source")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="resize the position table for such images")
-    parser.add_argument("--seed", type=int, default=0, help="for weights that --text or --random initialise")
+    parser.add_argument("--seed", type=int, help="for weights that --text or --random initialise (default 0)")
     parser.add_argument(
         "--override",
         action="append",
@@ -114,6 +114,11 @@ def _check(options: argparse.Namespace) -> None:
     for name, needed in (("random", "task"), ("labels", "task")):
         if getattr(options, name) and getattr(options, needed) is None:
             raise UserError(f"--{name} has no effect without --{needed}")
+    if options.seed is not None and not (options.text or options.random):
+        raise UserError("--seed has no effect without --text or --random")
+    options.seed = options.seed or 0
+    if options.seed < 0:
+        raise UserError(f"--seed: expected at least 0, found {options.seed}")
     if options.drop and options.to == "vlm":
         raise UserError("--drop has no effect with --to=vlm")
 

@@ -34,7 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 def generation_config(
     preset: str, settings: Mapping[str, Any], path: str, *, several: bool = False
 ) -> GenerationConfig:
-    """A preset with some settings replaced; a limit on new tokens replaces that on the length.
+    """A preset with some settings replaced.
+
+    A limit on new tokens replaces that on the length, and one beam has no normalisation.
 
     Args:
       several: allow more than one text per example.
@@ -46,6 +48,8 @@ def generation_config(
     for given, replaced in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
         if settings.get(given) is not None:
             chosen.pop(replaced, None)
+    if settings.get("num_beams", chosen.get("num_beams", 1)) == 1:
+        chosen.pop("beam_normalisation", None)
     config = build(GenerationConfig, chosen | dict(settings), path)
     if config.num_return_sequences != 1 and not several:
         raise UserError(f"{path}: expected one text per example, found num_return_sequences")

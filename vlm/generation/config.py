@@ -70,8 +70,6 @@ class GenerationConfig:
                 problems.append(f"{name}: expected at least {least}, found {value}")
         if self.max_new_tokens is not None and self.max_length is not None:
             problems.append("max_length: expected only one of max_new_tokens and max_length")
-        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            problems.append(f"min_new_tokens: expected at most max_new_tokens, found {self.min_new_tokens}")
         if self.max_length is not None and self.min_length > self.max_length:
             problems.append(f"min_length: expected at most max_length, found {self.min_length}")
         for name, more in (("temperature", "; greedy is do_sample=False"), ("repetition_penalty", "")):
@@ -93,6 +91,17 @@ class GenerationConfig:
         sampling = [name for name in ("temperature", "top_k", "top_p") if getattr(self, name) not in (None, 1.0)]
         if sampling and not self.do_sample:
             problems.append(f"{sampling[0]}: only draws use it; expected do_sample=True")
+        if self.seed and not self.do_sample:
+            problems.append("seed: only draws use it; expected do_sample=True")
+        beams = {"length_penalty": 1.0, "early_stopping": False, "beam_normalisation": "hf"}
+        beams = [name for name, usual in beams.items() if getattr(self, name) != usual]
+        if beams and self.num_beams == 1:
+            problems.append(f"{beams[0]}: only beam search uses it; expected num_beams of at least 2")
+        least, limit = self.min_new_tokens, self.max_new_tokens or DEFAULT_NEW_TOKENS
+        if self.max_length is not None:
+            limit = self.max_length - 1  # a prompt has at least one token
+        if least > limit:
+            problems.append(f"min_new_tokens: expected at most {limit}, the limit on new tokens, found {least}")
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
             problems.append(f"num_return_sequences: expected at most num_beams, found {self.num_return_sequences}")
         if self.num_beams == 1 and self.num_return_sequences > 1 and not self.do_sample:

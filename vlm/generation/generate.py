@@ -97,6 +97,8 @@ def generate(
     arrays = {name: _held(value) for name, value in model.prompt(batch).items() if value is not None}
     stop_ids = model.stop_ids if config.stop_ids is None else config.stop_ids
     _check_arrays(model, arrays)
+    if rng is not None and not config.do_sample:
+        raise UserError("rng: only draws use it; expected do_sample=True")
     prompt, steps = _plan(model, arrays, config, stop_ids)
     decoder = model.clone(decoding=True)
     options = tuple(sorted((prefill_options or {}).items()))

@@ -9,8 +9,8 @@
     python -m vlm.predict CHECKPOINT --task=localise --image=a.jpg --text='a dog on a beach' --output=where.png
 
 --image takes files and folders and may be repeated; --text takes texts in any language, or @FILE with one per line:
-labels, queries, captions, questions; for captions how they begin. Every text is put to every image. The last line on
-standard output is one JSON object.
+labels, queries, captions, questions; for captions how they begin (--text= is nothing; without --text it is what the
+model was trained with). Every text is put to every image. The last line on standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vlm.errors import Parser, UserError, exit_on_user_error
 
 CONTRASTIVE, WRITING, GROUNDED = ("classify", "retrieve", "embed"), ("caption", "answer"), ("match", "localise")
 TASKS = (*CONTRASTIVE, *WRITING, *GROUNDED)
+RANKING, TOP = ("classify", "retrieve"), 5
 OUTPUTS = {"embed": ".npy", "localise": ".png"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_TEXT_BYTES = 64 << 20
@@ -48,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--template", action="append", default=[], metavar="TEXT", help="classify: prompt with {c}; repeat to average"
     )
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="answers shown per query (default 5)")
+    parser.add_argument("--top", type=int, metavar="K", help="classify, retrieve: answers shown per query (default 5)")
     parser.add_argument(
         "--output", metavar="FILE", help="embed: .npy, rows as in the JSON; localise: .png; others: .json"
     )
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     with exit_on_user_error():
         options = arguments().parse_args(argv)
-        images, texts = find_images(options.image), read_texts(options.text)
+        images, texts = find_images(options.image), read_texts(options.text, options.task == "caption")
         _check(options, images, texts)
         answer = _predict(options, images, texts)
     print(json.dumps(answer, ensure_ascii=False))
@@ -97,11 +98,11 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     return found
 
 
-def read_texts(values: Sequence[str]) -> list[str]:
+def read_texts(values: Sequence[str], empty: bool = False) -> list[str]:
     """The texts that `--text` gives, in order.
 
     Raises:
-      UserError: a file that is missing, too large or not UTF-8; an empty text.
+      UserError: a file that is missing, too large or not UTF-8; an empty text, unless `empty` allows it.
     """
     texts: list[str] = []
     for value in values:
@@ -116,7 +117,7 @@ def read_texts(values: Sequence[str]) -> list[str]:
         except UnicodeDecodeError:
             raise UserError(f"--text: {path} is not UTF-8 text") from None
         texts += [line.strip() for line in lines if line.strip()]
-    if any(not text.strip() for text in texts):
+    if not empty and any(not text.strip() for text in texts):
         raise UserError("--text: expected a text, found an empty one")
     return texts
 
@@ -124,6 +125,10 @@ def read_texts(values: Sequence[str]) -> list[str]:
 def _check(options: argparse.Namespace, images: list[Path], texts: list[str]) -> None:
     if not Path(options.checkpoint).exists():
         raise UserError(f"no such checkpoint: {options.checkpoint}")
+    if options.top is not None and options.task not in RANKING:
+        raise UserError(f"--top belongs to --task=classify and retrieve, found --task={options.task}")
+    if options.top is None:
+        options.top = TOP
     if options.top < 1 or options.batch_size < 1:
         raise UserError("--top and --batch_size: expected at least 1")
     if options.task == "embed":

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.image import decode
+from vlm.errors import UserError
 from vlm.evaluation.embed import Embedder
-from vlm.evaluation.writing import PRESETS, check_writes, generation_config, prompt_rows
+from vlm.evaluation.writing import check_writes, generation_config, prompt_rows
 from vlm.generation import GenerationConfig, generate, prepare
 from vlm.predict.output import rounded
 
@@ -22,8 +23,6 @@ def settings(task: str, given: Mapping[str, Any]) -> GenerationConfig:
     preset = {"caption": "coco", "answer": "vqa"}[task]
     if given.get("do_sample"):
         given = {"num_beams": 1, **given}
-    if given.get("num_beams", PRESETS[preset]["num_beams"]) == 1:
-        given = {"beam_normalisation": "hf", **given}
     return generation_config(preset, given, "generation", several=True)
 
 
@@ -34,6 +33,7 @@ def run(
     model, params, processor = loaded
     prompt = texts[0] if texts else getattr(getattr(processor, "config", None), "prompt", "")
     asks = options.task == "answer"
+    _check_lengths(texts, model, processor, asks)
     rows = processor(texts=list(texts[:1])) if asks else prompt_rows(processor, prompt, 1)
     check_writes(Embedder(model, params, processor), rows, answers=asks)
     prepared = prepare(model, params)
@@ -57,3 +57,13 @@ def run(
             results.append(row)
             print(path, f"\n  {text}" if asks else "", *(f"\n  {t}" for t in said[mine]), sep="")
     return {"task": options.task, "results": results}
+
+
+def _check_lengths(texts: Sequence[str], model: Any, processor: Any, asks: bool) -> None:
+    """Evaluations cut questions, as published; here that would answer, or go on from, another text."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    longest = getattr(processor, "max_length", None) if asks else getattr(model, "context_length", None)
+    for text in texts if tokenizer is not None and longest is not None else ():
+        count = len(tokenizer.encode(text)) + (2 if asks else 1)  # [CLS], of questions [SEP] too
+        if count > longest:
+            raise UserError(f"--text: the model reads at most {longest} tokens, found {count}: {text[:40]}…")

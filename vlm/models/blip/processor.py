@@ -148,7 +148,7 @@ class Processor:
         Args:
             images: paths, encoded bytes, PIL images or uint8 arrays; or lists of them, all of one length (NLVR2's
                 pairs, the frames of videos).
-            texts: strings, cleaned like the task's texts and cut to `max_length` tokens.
+            texts: strings, cleaned like the task's texts and cut to `max_length` tokens (prompts are neither).
             padding: on the right, to `max_length`, so that a compiled model sees one shape, or to the longest row.
                 Default: prompts to the longest, others to `max_length`.
             prompts: texts are the beginnings of texts to generate: they are not cleaned, and rows end without [SEP],
@@ -177,7 +177,7 @@ class Processor:
             if not prompts:
                 texts = [self._cleaned(text) if isinstance(text, str) else text for text in texts]
             padding = padding or ("longest" if prompts else "max_length")
-            batch |= self._tokenizer()(texts, max_length=self.max_length, padding=padding)
+            batch |= self._tokenizer()(texts, max_length=self.max_length, padding=padding, truncation=not prompts)
             if prompts:
                 batch |= self._open_ended(batch["tokens"], batch["mask"], padding)
         return batch
