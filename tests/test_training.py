@@ -308,11 +308,29 @@ def test_padding_that_no_text_needs_is_cut_off(devices, accumulation):
         for longest, chosen in ((3, 4), (4, 4), (5, 12), (12, 12), (13, 20), (20, 20)):
             placed = {name: jax.device_put(value, rows) for name, value in batch(longest).items()}
             expected, found = whole(state, placed), cut(state, placed)
-            widths = (4 + chosen) / 2 if accumulation == 2 else chosen  # row 13 is in one micro-batch
-            assert found[1]["text_length"] == found[1]["width"] == widths
+            assert found[1]["text_length"] == found[1]["width"] == chosen
             assert expected[1]["width"] == length
             np.testing.assert_allclose(found[1]["loss"], expected[1]["loss"], rtol=1e-6)
             np.testing.assert_allclose(found[0].params["table"], expected[0].params["table"], rtol=1e-6)
+
+
+def test_several_hosts_cut_as_one_does():
+    """To one length for all micro-batches, so that dropout's masks do not depend on the number of hosts."""
+    optimizer = make_optimizer(ADAM, ["table"], 10)
+    rng = np.random.default_rng(0)
+    params = {"table": jnp.asarray(rng.normal(size=(9, 3)), jnp.float32)}
+    state = StateInit(lambda key: params, lambda params, key: {}, optimizer).finish(params, {})
+    mask = np.arange(20) < np.array([[3], [2], [3], [11]])  # in two micro-batches of rows 0 and 2, and 1 and 3
+    batch = {"tokens": rng.integers(0, 9, mask.shape), "mask": mask}
+
+    def loss(params, extra, batch, rng):
+        hidden = params["table"][batch["tokens"]] * jax.random.bernoulli(rng, 0.5, batch["mask"].shape)[..., None]
+        return jnp.square((hidden * batch["mask"][..., None]).sum(1)).mean(), ({}, extra)
+
+    several, one = (jax.jit(make_train_step(loss, optimizer, 0, 2, lengths)) for lengths in ((4, 12), ()))
+    found, expected = several(state, batch)[1]["loss"], one(state, shortest_text(batch, (4, 12)))[1]["loss"]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert abs(one(state, batch)[1]["loss"] / expected - 1) > 1e-3  # whole rows have other masks
 
 
 def test_step_flops_of_cut_rows():

@@ -52,7 +52,7 @@ class StepFlops:
     counts: tuple[float, ...] = ()
 
     def of(self, metrics: Mapping[str, Any]) -> float:
-        """FLOPs of the step that gave these metrics; micro-batches of several lengths count as their mean length."""
+        """FLOPs of the step that gave these metrics."""
         if not self.lengths or "text_length" not in metrics:
             return self.whole
         return float(np.interp(float(metrics["text_length"]), self.lengths, self.counts))

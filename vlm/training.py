@@ -177,9 +177,9 @@ def make_train_step(
     equal to the whole batch for losses that are means over examples, but a contrastive loss then sees only its
     micro-batch's candidates.
 
-    With `text_lengths`, padding that no row of the global (micro-)batch needs is cut off before anything is computed:
-    the step holds a program for each of these lengths, and all devices run the shortest that every text fits in. That
-    is for several hosts, none of which knows all rows; one host cuts its batches itself (`shortest_text`).
+    With `text_lengths`, padding that no row of the global batch needs is cut off before anything is computed: the step
+    holds a program for each of these lengths, and all devices run the shortest that every text fits in. That is for
+    several hosts, none of which knows all rows; one host cuts its batches itself, to the same length (`shortest_text`).
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -190,8 +190,8 @@ def make_train_step(
             return loss(merge(trainable, frozen), extra, batch, rng)
 
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient = _by_length(jax.value_and_grad(objective, has_aux=True), text_lengths)
-        (value, (terms, extra)), grads = _accumulate(gradient, accumulation_steps)(trainable, state.extra, batch, rng)
+        gradient = _accumulate(jax.value_and_grad(objective, has_aux=True), accumulation_steps)
+        (value, (terms, extra)), grads = _by_length(gradient, text_lengths)(trainable, state.extra, batch, rng)
 
         grad_norm = optax.tree.norm(grads)
         learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
