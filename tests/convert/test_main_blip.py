@@ -222,7 +222,7 @@ def test_transformers_files_are_recognised_with_and_without_config(ours, tmp_pat
     ("arguments", "message"),
     [
         (["--seed=5"], "--seed has no effect without --text or --random"),
-        (["--task=vqa", "--random", "--seed=-1"], "--seed: expected at least 0, found -1"),
+        (["--task=vqa", "--random", "--seed=-1"], "--seed: expected a number of at least 0, found -1"),
         (("--to=hf",), "--task=caption"),
         (("--task=captions",), "expected one of caption, retrieval"),
         (("--task=classification",), "--labels"),

@@ -118,7 +118,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--seed has no effect without --text or --random")
     options.seed = options.seed or 0
     if options.seed < 0:
-        raise UserError(f"--seed: expected at least 0, found {options.seed}")
+        raise UserError(f"--seed: expected a number of at least 0, found {options.seed}")
     if options.drop and options.to == "vlm":
         raise UserError("--drop has no effect with --to=vlm")
 
