@@ -66,6 +66,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
     from vlm import workdir as folder
     from vlm.checkpoint import Checkpoints
     from vlm.checkpoint.processes import from_primary
+    from vlm.checks import check_data
     from vlm.experiment import Steps, experiment, make_loader, make_processor, make_report
     from vlm.preemption import Preemption
     from vlm.tree import listing
@@ -87,13 +88,14 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         split = NamedSharding(mesh, sharding.batch_spec(settings.sharding, settings.data.batch_size, mesh.shape, micro))
         processor = make_processor(settings, parts.family)
         loader = make_loader(settings, processor, split, workdir)
+        from_primary(lambda: check_data(parts, placements, loader))
         evaluations = evaluation.prepare(settings.eval)
 
         # The state: from the newest verified checkpoint, or new.
         kept = {name: getattr(settings.train, name) for name in ("keep", "keep_every", "verify")}
         checkpoints = Checkpoints(workdir / "checkpoints", **kept)
         stack.enter_context(contextlib.closing(checkpoints))
-        state = begin(settings, parts.init, placements, mesh, checkpoints, loader.fingerprint, allow_change)
+        state = begin(settings, parts, placements, mesh, checkpoints, loader.fingerprint, allow_change)
         from_primary(lambda: folder.record(workdir, config, processor))
 
         # The step, compiled for the first batch of every structure; then the loop.
@@ -135,21 +137,22 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
 
 
 def begin(
-    settings: Config, init: Any, placements: Any, mesh: Any, checkpoints: Any, fingerprint: str, allow_change: bool
+    settings: Config, parts: Any, placements: Any, mesh: Any, checkpoints: Any, fingerprint: str, allow_change: bool
 ) -> Any:
     """The state to go on with."""
     import jax
 
-    from vlm.initial import starting_weights, still_random
+    from vlm.initial import starting_weights, still_random, towers_of_run
     from vlm.sharding import abstract
     from vlm.training import init_state
 
     found = checkpoints.restore(abstract(placements, mesh))
     if found is None:
-        start = starting_weights(settings.init, placements, mesh)
+        run = towers_of_run(parts.model_config, parts.loss_config)
+        start = starting_weights(settings.init, placements, mesh, run)
         if jax.process_index() == 0 and start and (random := still_random(start, placements)):
             print(f"not in the starting weights, so as of a new run: {random}", file=sys.stderr)
-        return init_state(init, placements, mesh, settings.train.seed, start)
+        return init_state(parts.init, placements, mesh, settings.train.seed, start)
     state, step, position = found
     if position.get("fingerprint") != fingerprint and not allow_change:
         raise UserError(f"the data differ from those up to step {step} (--allow_config_change to go on with them)")

@@ -35,8 +35,10 @@ LANGUAGES = {
 }
 XLM_R_LARGE = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096, "attention_dropout_rate": 0.0}
 VIT_L_14 = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096, "patch_size": 14}
-# The published m18 runs its OpenCLIP tower with quick_gelu, although that tower was pretrained with the exact GELU.
+# The published m18 runs its OpenCLIP tower with quick_gelu, although that tower was pretrained with the exact GELU:
+# a start from OpenCLIP's weights warns of it, and --config.model.vision.activation=gelu runs it as it was pretrained.
 VIT_H_14 = {"hidden_size": 1280, "num_layers": 32, "num_heads": 16, "mlp_dim": 5120, "patch_size": 14}
+VIT_H_14 |= {"activation": "quick_gelu"}
 CLIP_L_TEXT = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072, "activation": "quick_gelu"}
 CLIP_H_TEXT = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096, "activation": "gelu"}
 CHECKPOINTS = {

@@ -1,5 +1,7 @@
 """Starting weights: which arrays of which checkpoints go where."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,12 @@ from jax.sharding import PartitionSpec
 from vlm import initial, sharding
 from vlm.checkpoint import Checkpoints, reading
 from vlm.convert.views import from_array
+from vlm.encoders.bert import BertConfig
+from vlm.encoders.clip_text import ClipTextConfig
+from vlm.encoders.vit import ViTConfig
 from vlm.errors import UserError
+from vlm.models.altclip.loss import LossConfig
+from vlm.models.altclip.model import AltCLIPConfig
 from vlm.schema import InitConfig, MeshConfig
 from vlm.sharding import Placement
 from vlm.training import TrainState
@@ -18,7 +25,8 @@ from vlm.training import TrainState
 class Opened:
     """What `vlm.loading.open_model` gives, reduced to what is used here."""
 
-    run = None
+    run, notes = None, ()
+    config = AltCLIPConfig(vision=ViTConfig(8, 1, 2, 8, 8, 4), text=None, clip_text=ClipTextConfig(9, 8, 1, 4, 8))
 
     def __init__(self, **params):
         self.params = {path.replace("__", "/"): from_array(np.asarray(value)) for path, value in params.items()}
@@ -40,9 +48,9 @@ def placements():
     return TrainState(at("s"), params, {}, {}, extra, {})  # pyright: ignore
 
 
-def start(*entries):
+def start(*entries, run=None):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices())
-    return initial.starting_weights([InitConfig(**entry) for entry in entries], placements(), mesh)
+    return initial.starting_weights([InitConfig(**entry) for entry in entries], placements(), mesh, run)
 
 
 def test_extra_takes_the_checkpoints_own_extra_state(opened, monkeypatch):
@@ -82,6 +90,45 @@ def test_later_entries_win_and_teachers_go_into_extra(opened):
 def test_wrong_entries(opened, entry, message):
     with pytest.raises(UserError, match=message):
         start(entry)
+
+
+MODEL = Opened.config
+VISION, TEXT = "vision/.*", "text/.*"
+
+
+@pytest.mark.parametrize(
+    ("changes", "include", "told"),
+    [
+        ({}, ".*", None),
+        ({"vision": {"num_heads": 4}}, VISION, "params/vision was .*: num_heads 2 there and 4 in the run"),
+        ({"vision": {"num_heads": 4, "activation": "gelu"}}, TEXT, None),
+        ({"clip_text": {"num_heads": 2}}, ".*", "params/text was trained .*: num_heads 4 there and 2 in the run"),
+        ({"vision": {"activation": "gelu", "norm_eps": 1e-6}}, VISION, None),
+        ({"text": BertConfig(9, 8, 1, 4, 8), "clip_text": None}, TEXT, "positions absolute there and roberta in the"),
+    ],
+)
+def test_towers_must_compute_what_their_weights_were_trained_for(opened, caplog, changes, include, told):
+    parts = {k: dataclasses.replace(getattr(MODEL, k), **v) if isinstance(v, dict) else v for k, v in changes.items()}
+    run = initial.towers_of_run(dataclasses.replace(MODEL, **parts), LossConfig())
+    if told is not None:
+        with pytest.raises(UserError, match=rf"config\.init\[0\]: clip: .*{told}"):
+            start({"path": "clip", "include": include}, run=run)
+        return
+    start({"path": "clip", "include": include}, run=run)
+    differs = changes and include == VISION
+    line = "other values than it was trained to: activation quick_gelu there and gelu in the run, norm_eps 1e-05"
+    assert len(caplog.messages) == bool(differs) and all(line in message for message in caplog.messages)
+
+
+def test_a_teacher_has_its_own_architecture_and_what_was_assumed_is_said(opened, caplog, monkeypatch):
+    monkeypatch.setattr(Opened, "notes", ("heads of 64 assumed",))
+    learning = {"objective": "teacher_learning", "teacher": ClipTextConfig(9, 8, 1, 1, 8)}
+    run = initial.towers_of_run(MODEL, LossConfig(**learning))
+    entry = {"path": "clip", "include": TEXT, "into": "extra/teacher"}
+    with pytest.raises(UserError, match="extra/teacher/text .* num_heads 4 there and 1 .*; heads of 64 assumed"):
+        start(entry, run=run)
+    start(entry, run=initial.towers_of_run(MODEL, LossConfig()))
+    assert caplog.messages == ["config.init[0]: clip: heads of 64 assumed"]
 
 
 def test_the_selected_half_of_a_run_is_all_that_is_read(tmp_path, monkeypatch):

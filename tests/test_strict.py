@@ -78,6 +78,13 @@ def test_inherited_values_reach_sections_that_are_not_given_and_yield_to_those_t
         ({"name": "m", "towers": 3}, r"config\.model\.towers: expected tuple\[.*\], found 3"),
         ({"name": "m", "pair": ("a",)}, r"config\.model\.pair: .* found 1 values"),
         ({"name": "m", "table": 3}, r"config\.model\.table: expected a mapping, found 3"),
+        ({"name": "m", "rate": float("nan")}, r"config\.model\.rate: expected a finite number, found nan"),
+        (
+            {"name": "m", "table": {"a": (1.0, -float("inf"))}},
+            r"config\.model\.table\.a\[1\]: .* finite number, found -inf",
+        ),
+        ({"name": "m", "anything": {1}}, r"config\.model\.anything: expected a number, text, tuple or mapping, found"),
+        ({"name": "m", "text": {"kind": "bb"}}, r"found 'bb'; did you mean 'b'\?"),
     ],
 )
 def test_wrong_sections(section, message):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from vlm import sharding
+from vlm.checks import check_batch, tracing
 from vlm.config import to_json
 from vlm.errors import UserError
 from vlm.experiment import Experiment, experiment, make_processor, open_data
@@ -119,7 +120,7 @@ def _batch(settings: Config, parts: Experiment, state: Any, specs: Sequence[Mapp
         processor = make_processor(settings, parts.family)
         sources, _, transform = open_data(settings, processor, specs)
         arrays: Mapping[str, Any] = transform(sources[0][0], np.random.default_rng(0), True)
-        shapes = {name: (np.shape(value), np.asarray(value).dtype) for name, value in arrays.items()}
+        shapes: Mapping[str, Any] = {name: (np.shape(value), np.asarray(value).dtype) for name, value in arrays.items()}
     except (UserError, OSError) as error:
         note = f"\nfrom the settings; an example of the data is not available here: {error}"
         rows, arguments = parts.family.processor.rows, {}
@@ -130,13 +131,18 @@ def _batch(settings: Config, parts: Experiment, state: Any, specs: Sequence[Mapp
             rows = rows | {"target": ((parts.loss_config.target_dim(parts.model_config),), "float32")}
         if settings.data.codebook_cache is not None and "patch_mask" in rows:
             rows = rows | {"patch_labels": (rows["patch_mask"][0], "int32")}
-        # Raw pixels would be normalised first, in another dict than the one that notes what is read.
-        kinds = {name: "float32" if name == "image" else dtype for name, (_, dtype) in rows.items()}
-        abstract = {name: jax.ShapeDtypeStruct((batch, *row[0]), kinds[name]) for name, row in rows.items()}
-        read = _read_by_loss(parts, state, abstract)
+        # The family's loss does not see raw pixels.
+        pixels = {"image": (rows["image"][0], "float32")} if "image" in rows else {}
+        read = _read_by_loss(parts, state, _abstract(rows | pixels, batch))
         shapes = {name: row for name, row in rows.items() if name in read}
+    else:
+        check_batch(parts, state, _abstract(shapes, batch))
     rows = [(name, "x".join(map(str, (batch, *shape))), str(dtype)) for name, (shape, dtype) in sorted(shapes.items())]
     return table(("array", "shape", "dtype"), rows) + note
+
+
+def _abstract(rows: Mapping[str, Any], batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct((batch, *shape), dtype) for name, (shape, dtype) in rows.items()}
 
 
 class _Watched(dict):
@@ -155,17 +161,22 @@ class _Watched(dict):
 
 
 def _read_by_loss(parts: Experiment, state: Any, batch: Mapping[str, Any]) -> set[str]:
-    """Traces the loss; arrays that only the data could tell end the trace early."""
+    """Traces the loss; arrays that only the data could tell end the trace early.
+
+    Raises:
+      UserError: what could be made does not fit the model.
+    """
     read: set[str] = set()
 
     def trace(state: Any, batch: Any) -> Any:
         watched = _Watched(batch)
         try:
-            return parts.loss(state.params, state.extra, watched, jax.random.key(0))[0]
+            rng, config = jax.random.key(0), parts.loss_config
+            return parts.family.loss(parts.model, state.params, state.extra, watched, rng, config)[0]
         finally:
             read.update(watched.read)
 
-    with contextlib.suppress(KeyError, ValueError):
+    with tracing("the processor's settings do not fit the model"), contextlib.suppress(KeyError, UserError):
         jax.eval_shape(trace, state, dict(batch))
     return read
 

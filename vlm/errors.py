@@ -8,9 +8,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
+
+_OF_THE_FILE = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class UserError(ValueError):
@@ -33,23 +37,28 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns `"; did you mean 'x'?"` for the choice nearest to `name`, or nothing where none is near."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Returns `"; did you mean 'x'?"` for the choice nearest to `name`, or the short list of choices."""
+    """`nearest`, or the short list of choices."""
     choices = sorted(map(str, choices))
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; choose from {', '.join(choices)}" if 0 < len(choices) <= 12 else ""
+    return nearest(name, choices) or (f"; choose from {', '.join(choices)}" if 0 < len(choices) <= 12 else "")
 
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a `UserError`, or a file that is missing, unreadable or in the way, into one line and exit status 2."""
+    """Turns a `UserError`, or a file that cannot be there or be read or written, into one line and exit status 2."""
     try:
         yield
     except UserError as error:
         message = " ".join(str(error).split())
-    except (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except OSError as error:
+        if not isinstance(error, _OF_THE_FILE) and error.errno not in _OF_THE_PATH:
+            raise
         message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
     else:
         return

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from vlm import flops, metrics
 from vlm.checkpoint.processes import from_primary
 from vlm.data.batch import LoaderSettings
+from vlm.checks import check_vocabularies, tracing
 from vlm.data.loader import Loader, Transform
 from vlm.data.others import WithOthers
 from vlm.data.source import Source, open_sources
@@ -85,7 +86,8 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
             batch = {**batch, "image": normalise_pixels(batch["image"], pixels)}
         return family.loss(model, params, extra, batch, rng, loss_config)
 
-    paths = flatten(unbox(jax.eval_shape(lambda: init_params(jax.random.key(0)))))
+    with tracing("the model cannot be built from its configuration"):
+        paths = flatten(unbox(jax.eval_shape(lambda: init_params(jax.random.key(0)))))
     optimizer = make_optimizer(settings.optimizer, paths, settings.train.steps)
     _check_locked(loss_config, optimizer)
     init = StateInit(init_params, init_extra, optimizer, settings.precision.frozen)
@@ -106,9 +108,12 @@ def make_processor(settings: Config, family: Family) -> Any:
     """The family's processor as `config.processor` describes it.
 
     Raises:
-      UserError: an unknown setting, a tokenizer that is not there.
+      UserError: an unknown setting, a tokenizer that is not there or has more tokens than the model.
     """
-    return family.processor.from_config(build(family.processor_type, settings.processor, "processor"))
+    processor = family.processor.from_config(build(family.processor_type, settings.processor, "processor"))
+    model = build(family.config_type, settings.model, "model")
+    check_vocabularies(processor, model, build(family.loss_type, settings.loss, "loss"))
+    return processor
 
 
 def make_loader(settings: Config, processor: Any, split: NamedSharding, ledger: str | os.PathLike | None) -> Loader:

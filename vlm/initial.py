@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,24 +18,47 @@ from vlm.tree import flatten, listing, unflatten
 
 EXTRA = "extra"
 """Where an entry of `config.init` takes a checkpoint's own extra state, not its parameters."""
+Towers = Mapping[str, Any]
+FATAL = ("num_heads", "positions", "pad_id")
+NOTABLE = ("activation", "norm_eps")
+"""Settings of a tower that change what its weights compute, and not their shapes."""
 
 
-def starting_weights(entries: Sequence[InitConfig], placements: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def towers(model: Any, place: str) -> dict[str, Any]:
+    """The parts of an architecture that have attention heads, by the path of their parameters below `place`."""
+    parts = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    paths = {name: f"{place}/{'text' if name == 'clip_text' else name}" for name in parts}
+    return {paths[name]: part for name, part in parts.items() if hasattr(part, "num_heads")}
+
+
+def towers_of_run(model: Any, loss: Any) -> dict[str, Any]:
+    """The same of a run's parameters and of its teacher, which is a copy of them or has its own architecture."""
+    teacher = getattr(loss, "teacher", None)
+    of_teacher = towers(model, "extra/teacher") if teacher is None else {"extra/teacher/text": teacher}
+    return towers(model, "params") | of_teacher
+
+
+def starting_weights(
+    entries: Sequence[InitConfig], placements: Any, mesh: jax.sharding.Mesh, run: Towers | None = None
+) -> dict[str, Any]:
     """Opens the checkpoints of `config.init`; values are read when the state is created.
 
     Args:
       placements: of the whole state.
+      run: `towers_of_run`, which the checkpoints' are compared with.
 
     Returns:
       Lazy arrays (or, from another training run, arrays on the mesh) by state path: "params/vision/…".
 
     Raises:
-      UserError: an entry that selects nothing, or something that the state has no place for.
+      UserError: an entry that selects nothing, something that the state has no place for, or weights of a tower with
+        other heads or positions than the run's. What else differs, and what reading a checkpoint took for granted, is
+        logged.
     """
     targets = flatten({"params": placements.params, "extra": placements.extra})
     start: dict[str, Any] = {}
     for number, entry in enumerate(entries):
-        start |= _one(entry, f"config.init[{number}]", targets, mesh)
+        start |= _one(entry, f"config.init[{number}]", targets, mesh, run or {})
     return start
 
 
@@ -43,7 +68,9 @@ def still_random(start: dict[str, Any], placements: Any) -> str:
     return listing([path for path in targets if path not in start], 8)
 
 
-def _one(entry: InitConfig, name: str, targets: dict[str, Placement], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def _one(
+    entry: InitConfig, name: str, targets: dict[str, Placement], mesh: jax.sharding.Mesh, run: Towers
+) -> dict[str, Any]:
     opened = None if entry.into == EXTRA else open_model(entry.path)
     offered = opened.params if opened is not None else open_extra(entry.path)
     if not offered:
@@ -61,9 +88,36 @@ def _one(entry: InitConfig, name: str, targets: dict[str, Placement], mesh: jax.
             f"{name}: the run has no place for {listing(strangers, 4)}{did_you_mean(strangers[0], targets)} "
             "(select with `include`, direct with `into`)"
         )
+    if opened is not None:
+        filled = {at: tower for at, tower in run.items() if any(p.startswith(f"{at}/") for p in places.values())}
+        _compare(f"{name}: {entry.path}", towers(opened.config, entry.into), filled, opened.notes)
     if opened is None or opened.run is None:
         return {places[path]: offered[path] for path in wanted}
     return _from_run(opened, places, targets, mesh)
+
+
+def _compare(name: str, source: Towers, run: Towers, notes: Sequence[str]) -> None:
+    """Weights fit towers of the same shapes, but compute the same only with the same heads, positions, activation."""
+    lines = [f"{name}: {note}" for note in notes]
+    for place, ours in run.items():
+        if (theirs := source.get(place)) is None:
+            continue
+        changed = {key: pair for key in (*FATAL, *NOTABLE) if len(set(pair := _values(key, theirs, ours))) > 1}
+        told = ", ".join(f"{key} {a} there and {b} in the run" for key, (a, b) in changed.items())
+        if changed.keys() & set(FATAL):
+            raise UserError("; ".join([f"{name}: {place} was trained with another architecture: {told}", *notes]))
+        if changed:
+            lines.append(f"{name}: {place} computes other values than it was trained to: {told}")
+    if jax.process_index() == 0:
+        for line in lines:
+            logging.getLogger("vlm").warning("%s", line)
+
+
+def _values(key: str, *parts: Any) -> tuple[Any, ...]:
+    """A setting of two towers, of which one may be of a kind that has no choice."""
+    if key == "pad_id" and any(getattr(part, "positions", "") != "roberta" for part in parts):
+        return (None, None)  # where positions do not depend on it
+    return tuple(getattr(part, key, "absolute" if key == "positions" else None) for part in parts)
 
 
 def _from_run(opened: Any, places: dict[str, str], targets: dict[str, Placement], mesh: jax.sharding.Mesh) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +20,8 @@ from vlm.schema import GroupConfig, OptimizerConfig, ScheduleConfig
 from vlm.tree import flatten, match_first, unflatten
 
 Params = dict[str, Any]
+TEMPERATURES = ("logit_scale", "temperature")
+"""What a model without a joint space lacks: patterns that configurations of a family share may name it in vain."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,37 +156,42 @@ def make_optimizer(config: OptimizerConfig, paths: Iterable[str], steps: int) ->
     """Resolves groups, decay and schedule for the parameters at `paths`.
 
     Raises:
-      UserError: a path without a group, a group without a path, nothing to train, warm-up longer than the run.
+      UserError: a path without a group, a group or another pattern without a path, nothing to train, warm-up longer
+        than the run.
     """
-    groups = match_first(config.groups, sorted(paths))
+    paths = sorted(paths)
+    groups = match_first(config.groups, paths)
     trainable = [path for path, group in groups.items() if not group.freeze]
     if not trainable:
         raise UserError("config.optimizer.groups freeze every parameter: nothing is left to train")
+    _check_patterns("decay_exclude", config.decay_exclude, OptimizerConfig.decay_exclude, paths)
+    _check_patterns("bounds", [bound[0] for bound in config.bounds], [b[0] for b in OptimizerConfig.bounds], paths)
     decay = {path: _decay(config, groups[path], path) for path in trainable}
     rule = _rule(config, unflatten(decay))
     return Optimizer(groups, decay, learning_rate(config, steps), rule, config.ema_decay, _bounds(config, trainable))
 
 
+def _check_patterns(name: str, patterns: Iterable[str], usual: Sequence[str], paths: Iterable[str]) -> None:
+    """Every pattern must match a parameter; those of the defaults need not, which are for all models."""
+    for pattern in patterns:
+        try:
+            found = any(re.fullmatch(pattern, path) for path in (*paths, *TEMPERATURES))
+        except re.error:
+            raise UserError(f"config.optimizer.{name}: {pattern!r} is not a regular expression") from None
+        if not found and pattern not in usual:
+            raise UserError(f"config.optimizer.{name}: {pattern!r} matches no parameter")
+
+
 def _decay(config: OptimizerConfig, group: GroupConfig, path: str) -> float:
-    try:
-        excluded = any(re.fullmatch(pattern, path) for pattern in config.decay_exclude)
-    except re.error as error:
-        raise UserError(f"config.optimizer.decay_exclude: {error.pattern!r} is not a regular expression") from None
-    if excluded:
+    if any(re.fullmatch(pattern, path) for pattern in config.decay_exclude):
         return 0.0
     return config.weight_decay if group.weight_decay is None else group.weight_decay
 
 
 def _bounds(config: OptimizerConfig, trainable: Iterable[str]) -> dict[str, tuple[float, float]]:
-    try:
-        return {
-            path: (low, high)
-            for path in trainable
-            for pattern, low, high in config.bounds
-            if re.fullmatch(pattern, path)
-        }
-    except re.error as error:
-        raise UserError(f"config.optimizer.bounds: {error.pattern!r} is not a regular expression") from None
+    return {
+        path: (low, high) for path in trainable for pattern, low, high in config.bounds if re.fullmatch(pattern, path)
+    }
 
 
 def _rule(config: OptimizerConfig, decay: Params) -> Rule:

@@ -28,22 +28,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlm.errors import UserError, did_you_mean
+from vlm.strict import at_least, fraction, unused
 
 Section = dict[str, Any]
-
-
-def _at_least(bound: float, settings: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value >= bound:
-            raise ValueError(f"{name}: expected at least {bound}, found {value}")
-
-
-def _share(settings: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a value from 0 to 1, found {value}")
 
 
 def check_streams(members: Sequence[str | None], shares: Mapping[str, float]) -> None:
@@ -96,9 +83,9 @@ class DataConfig:
     max_skip_fraction: float = 0.001
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "batch_size")
-        _at_least(0, self, "num_workers", "prefetch")
-        _share(self, "max_skip_fraction")
+        at_least(1, self, "batch_size", "prefetch")
+        at_least(0, self, "num_workers")
+        fraction(self, "max_skip_fraction")
         check_streams([source.get("stream") for source in self.sources], self.streams)
 
     @property
@@ -146,9 +133,9 @@ class ScheduleConfig:
     cooldown_steps: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "warmup_steps", "end_factor", "cooldown_steps")
-        _at_least(1, self, "epoch_steps")
-        _share(self, "start_factor", "decay_rate")
+        at_least(0, self, "warmup_steps", "end_factor", "cooldown_steps")
+        at_least(1, self, "epoch_steps")
+        fraction(self, "start_factor", "decay_rate")
         if self.cooldown_steps and self.name not in ("constant", "rsqrt"):
             raise ValueError(f"cooldown_steps: a {self.name} schedule has none, found {self.cooldown_steps}")
         if self.epoch_steps and self.name not in ("linear", "cosine", "exponential"):
@@ -158,6 +145,8 @@ class ScheduleConfig:
             raise ValueError("name: expected 'exponential' together with decay_rate and epoch_steps")
 
 
+        if self.name in ("constant", "rsqrt"):
+            unused(self, f"a {self.name} schedule", "end_factor")
 @dataclass(frozen=True)
 class GroupConfig:
     """How one group of parameters is trained; `weight_decay=None` takes the optimizer's."""
@@ -167,7 +156,7 @@ class GroupConfig:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "lr_multiplier", "weight_decay")
+        at_least(0, self, "lr_multiplier", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -205,9 +194,9 @@ class OptimizerConfig:
     ema_decay: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "lr", "weight_decay", "eps", "grad_clip_norm")
-        _at_least(1, self, "accumulation_steps")
-        _share(self, "ema_decay")
+        at_least(0, self, "lr", "weight_decay", "eps", "grad_clip_norm")
+        at_least(1, self, "accumulation_steps")
+        fraction(self, "ema_decay")
         if self.grad_clip_norm == 0:
             raise ValueError("grad_clip_norm: expected a positive norm (None: no clipping), found 0")
         if self.name == "adamw" and self.eps == 0:
@@ -217,6 +206,11 @@ class OptimizerConfig:
                 raise ValueError(f"betas: expected values from 0 to below 1, found {self.betas}")
 
 
+        if self.name != "adamw":
+            unused(self, self.name, "eps", *(("betas",) if self.name == "adafactor" else ()))
+        for pattern, low, high in self.bounds:
+            if low > high:
+                raise ValueError(f"bounds: {pattern!r}: expected the lowest value first, found {low} and {high}")
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; -1 (one of them at most) takes all that are left."""
@@ -304,8 +298,8 @@ class TrainConfig:
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "steps", "keep", "keep_every", "max_bad_steps")
-        _at_least(0, self, "log_every", "eval_every", "checkpoint_every", "sample_images")
+        at_least(1, self, "steps", "keep", "keep_every", "max_bad_steps")
+        at_least(0, self, "log_every", "eval_every", "checkpoint_every", "sample_images")
         if any(length < 1 for length in self.text_lengths):
             raise ValueError(f"text_lengths: expected lengths of at least 1, found {self.text_lengths}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from vlm.errors import UserError, did_you_mean
+from vlm.errors import UserError, did_you_mean, nearest
 
 T = TypeVar("T")
 Inherited = Mapping[str, Any]
@@ -38,7 +39,48 @@ def build(cls: type[T], config: Mapping[str, Any] | ConfigDict, path: str, inher
     Raises:
       UserError: an unknown or missing key, a value of another type, or one that the class refuses.
     """
-    return _build(cls, plain(config), path, inherited or {}, None)
+    given = plain(config)
+    _check_values(given, path)
+    return _build(cls, given, path, inherited or {}, None)
+
+
+def at_least(bound: float, settings: Any, *names: str) -> None:
+    """For `__post_init__`: raises ValueError where a field that is not None is below `bound`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{name}: expected at least {bound}, found {value}")
+
+
+def fraction(settings: Any, *names: str) -> None:
+    """For `__post_init__`: raises ValueError where a field that is not None is not between 0 and 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a value from 0 to 1, found {value}")
+
+
+def unused(settings: Any, reader: str, *names: str) -> None:
+    """For `__post_init__`: raises ValueError where a field that `reader` does not read is not its default."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in names and value != _default(field):
+            expected = f"{reader} does not read it; expected {_default(field)!r}"
+            raise ValueError(f"{field.name}: {expected}, found {value!r}")
+
+
+def _check_values(value: Any, where: str) -> None:
+    """Refuses what JSON cannot hold, at any depth: a run could neither record nor compare it."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_values(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, (tuple, list)):
+        for number, item in enumerate(value):
+            _check_values(item, f"{where}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{_at(where)}: expected a finite number, found {value}")
+    elif value is not None and not isinstance(value, (bool, int, float, str)):
+        raise UserError(f"{_at(where)}: expected a number, text, tuple or mapping, found {value!r}")
 
 
 def _build(cls: type[T], given: Mapping[str, Any], path: str, inherited: Inherited, base: Any) -> T:
@@ -91,7 +133,8 @@ def _convert(value: Any, hint: Any, where: str, inherited: Inherited) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
         choices = ", ".join(map(repr, arguments))
-        raise UserError(f"{where}: expected one of {choices}, found {value!r}")
+        close = nearest(str(value), [choice for choice in arguments if isinstance(choice, str)])
+        raise UserError(f"{where}: expected one of {choices}, found {value!r}{close}")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, Mapping):
             return _build(hint, value, where, inherited, None)

@@ -40,6 +40,10 @@ def _main(command):
 
 # ---------------------------------------------------------------------------------------------------------- the cases
 
+IMAGES = [  # without texts
+    "--config.data.sources=({{'kind': 'jsonl', 'path': '{files}/data.jsonl', 'fields': {{'image': 'image'}}}},)",
+    *("--config.processor.tokenizer={files}/model", "--config.eval={{}}"),
+]
 TRAIN = [
     ([], "--config=FILE is missing"),
     (["--config={root}/configs/altclip.py:tiny"], "--workdir=DIR is missing"),
@@ -69,7 +73,17 @@ TOY = [  # a run that would start in a second
     (["--config.optimizer=3"], "config.optimizer"),
     (["--config.optimizer.lr=fast"], "config.optimizer.lr: expected float, found 'fast'"),
     (["--config.optimizer.lr=-1"], "lr: expected at least 0, found -1"),
-    (["--config.optimizer.lr=nan"], "lr: expected at least 0, found nan"),
+    (["--config.optimizer.lr=nan"], "config.optimizer.lr: expected a finite number, found nan"),
+    (["--config.optimizer.lr=inf"], "config.optimizer.lr: expected a finite number, found inf"),
+    (["--config.eval={{'x': {{'rate': 1e999}}}}"], "config.eval.x.rate: expected a finite number, found inf"),
+    (["--config.eval={{'x': {{'rate': {{1}}}}}}"], "config.eval.x.rate: expected a number, text, tuple or mapping"),
+    (["--config.optimizer.bounds=(('.*', 2.0, 1.0),)"], "bounds: '.*': expected the lowest value first"),
+    (["--config.optimizer.bounds=(('txt/.*', 0.0, 1.0),)"], "config.optimizer.bounds: 'txt/.*' matches no parameter"),
+    (["--config.optimizer.decay_exclude=('bais',)"], "config.optimizer.decay_exclude: 'bais' matches no parameter"),
+    (["--config.optimizer.name=lion", "--config.optimizer.eps=1e-6"], "eps: lion does not read it; expected 1e-08"),
+    (["--config.optimizer.name=adafactor", "--config.optimizer.betas=(0.5, 0.9)"], "betas: adafactor does not read it"),
+    (["--config.optimizer.schedule.end_factor=0.1"], "end_factor: a constant schedule does not read it"),
+    (["--config.data.prefetch=0"], "config.data: prefetch: expected at least 1, found 0"),
     (["--config.optimizer.betas=(0.9,)"], "config.optimizer.betas"),
     (["--config.optimizer.betas=(0.9, 1.5)"], "betas: expected values from 0 to below 1"),
     (["--config.optimizer.name=adam"], "config.optimizer.name: expected one of 'adamw'"),
@@ -123,8 +137,26 @@ TOY = [  # a run that would start in a second
     (["--process_id=x"], "--process_id"),
     (["--stray"], "unknown argument --stray"),
     (["--work=x"], "unknown argument --work=x"),
+    (["--config=" + 300 * "x" + ".py"], "File name too long: xxx"),
+    (["--workdir={out}/" + 300 * "x"], "File name too long"),
 ]
+CLIP = [  # a run of a small CLIP
+    (["--config.processor.max_length=78"], "config.processor.max_length: expected at most the 77 positions"),
+    (["--config.processor.image.size=32", "--config.processor.image.crop=32"], "expected the 16 x 16 of config.model"),
+    (["--config.processor.image.crop=None"], "config.processor.image: expected the 16 x 16"),
+    (["--config.processor.mlm_probability=0.5"], "mlm_probability: expected 0 with objective 'contrast"),
+    (["--config.processor.tokenizer={files}/model", "--config.model.clip_text.vocab_size=20"],
+     "config.model.clip_text.vocab_size: expected at least the 34 tokens of config.processor.tokenizer, found 20"),
+    (["--config.loss.teacher={{}}"], "teacher: objective 'contrastive' does not read it; expected None"),
+    (["--config.loss.target=projected"], "target: objective 'contrastive' does not read it; expected 'pooled'"),
+    (["--config.model.clip_text.activation=geluu"], "found 'geluu'; did you mean 'gelu'?"),
+    (["--config.model.vision.num_layers=0"], "config.model.vision: num_layers: expected at least 1, found 0"),
+    (["--config.model.clip_text.mlp_dim=-3"], "config.model.clip_text: mlp_dim: expected at least 1, found -3"),
+    (IMAGES, "needs tokens, mask; the examples give image"),
+    ([*IMAGES, "--dry_run"], "needs tokens, mask; the examples give image"),
+]  # fmt: skip
 EVAL = [
+    (["--checkpoint=" + 300 * "x"], "File name too long: xxx"),
     (["--config={files}/eval.json"], "--checkpoint=PATH is missing"),
     (["--config={files}/eval.json", "--checkpoint=/nowhere"], "no such file or folder: /nowhere"),
     (["--checkpoint={files}/model"], "--config=FILE is missing"),
@@ -296,6 +328,7 @@ OTHERS = [
 ]
 
 GOOD_TRAIN = ["--config={toy}", "--workdir={out}/run"]
+GOOD_CLIP = ["--config={root}/configs/digits.py:clip", "--workdir={out}/run"]
 GOOD_EVAL = ["--config={files}/eval.json", "--checkpoint={files}/model", "--output={out}/r.json"]
 GOOD_TASKS = [
     *("--config={root}/configs/flava_tasks.py", "--checkpoint={files}/model", "--output={out}/tasks", "--data={out}"),
@@ -303,6 +336,7 @@ GOOD_TASKS = [
 CASES = [
     *(("train", *case) for case in TRAIN),
     *(("train", [*GOOD_TRAIN, *arguments], message) for arguments, message in TOY),
+    *(("train", [*GOOD_CLIP, *arguments], message) for arguments, message in CLIP),
     *(("eval", *case) for case in EVAL),
     *(("eval", [*GOOD_EVAL, *arguments], message) for arguments, message in EVAL_MODEL),
     *(("predict", ["{files}/model", *arguments], message) for arguments, message in PREDICT),

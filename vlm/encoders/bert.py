@@ -19,9 +19,11 @@ from vlm.encoders.output import EncoderOutput
 from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import Embedding, Linear, constrain
 from vlm.layers.masks import padding_mask
+from vlm.layers.mlp import Activation
 from vlm.layers.norms import LayerNorm
 from vlm.layers.positions import roberta_positions
-from vlm.layers.transformer import Remat, StackOutput, TransformerBlock, scan_layers
+from vlm.layers.transformer import Remat, StackOutput, TransformerBlock, check_stack, scan_layers
+from vlm.strict import at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class BertConfig:
     pad_id: int = 1
     positions: Literal["absolute", "roberta"] = "roberta"
     pre_norm: bool = False
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     norm_eps: float = 1e-5
     qkv_bias: bool = True
     pooler: bool = False
@@ -69,10 +71,8 @@ class BertConfig:
         return self.max_length - (self.pad_id + 1 if self.positions == "roberta" else 0)
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"text.hidden_size: expected a multiple of num_heads={self.num_heads}, found {self.hidden_size}"
-            )
+        check_stack(self, "vocab_size", "max_tokens", "type_vocab_size")
+        at_least(0, self, "pad_id", "init_std")
 
 
 class Bert(nn.Module):

@@ -16,8 +16,9 @@ from vlm.encoders.output import EncoderOutput
 from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import Embedding, constrain
 from vlm.layers.masks import causal_mask, padding_mask
+from vlm.layers.mlp import Activation
 from vlm.layers.norms import LayerNorm
-from vlm.layers.transformer import Remat, TransformerBlock, scan_layers
+from vlm.layers.transformer import Remat, TransformerBlock, check_stack, scan_layers
 
 normal = nn.initializers.normal
 
@@ -37,12 +38,15 @@ class ClipTextConfig:
     num_heads: int = 12
     mlp_dim: int = 3072
     max_length: int = 77
-    activation: str = "quick_gelu"
+    activation: Activation = "quick_gelu"
     norm_eps: float = 1e-5
     eos_id: int = 49407
     dtype: str = "float32"
     remat: Remat = "none"
     scan_unroll: int = 1
+
+    def __post_init__(self) -> None:
+        check_stack(self, "vocab_size", "max_length")
 
 
 class ClipText(nn.Module):

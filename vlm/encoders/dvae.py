@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm.layers.arrays import AnyArray, along_last
 from vlm.layers.linear import param
+from vlm.strict import at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,9 @@ class DVAEConfig:
         return 2 ** (self.num_groups - 1)
 
     def __post_init__(self) -> None:
-        for name in ("num_groups", "blocks_per_group", "input_channels", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"codebook.{name}: expected at least 1, found {getattr(self, name)}")
+        at_least(1, self, "num_groups", "blocks_per_group", "input_channels", "vocab_size")
         if self.hidden_size < 4 or self.hidden_size % 4:
-            raise ValueError(f"codebook.hidden_size: expected a multiple of 4, found {self.hidden_size}")
+            raise ValueError(f"hidden_size: expected a multiple of 4, found {self.hidden_size}")
 
 
 class Conv(nn.Module):

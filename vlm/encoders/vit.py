@@ -15,9 +15,10 @@ from vlm.encoders.output import EncoderOutput
 from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import Linear, constrain, param
 from vlm.layers.masks import padding_mask
+from vlm.layers.mlp import Activation
 from vlm.layers.norms import LayerNorm
 from vlm.layers.positions import resize_positions
-from vlm.layers.transformer import Remat, TransformerBlock, scan_layers
+from vlm.layers.transformer import Remat, TransformerBlock, check_stack, scan_layers
 
 normal = nn.initializers.normal
 
@@ -45,7 +46,7 @@ class ViTConfig:
     mlp_dim: int = 3072
     image_size: int = 224
     patch_size: int = 32
-    activation: str = "quick_gelu"
+    activation: Activation = "quick_gelu"
     norm_eps: float = 1e-5
     patch_bias: bool = False
     input_norm: bool = True
@@ -73,12 +74,12 @@ class ViTConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self) -> None:
-        for whole, part in (("hidden_size", "num_heads"), ("image_size", "patch_size")):
-            a, b = getattr(self, whole), getattr(self, part)
-            if b < 1 or a % b:
-                raise ValueError(f"vision.{whole}: expected a multiple of {part}={b}, found {a}")
+        check_stack(self, "image_size", "patch_size")
+        if self.image_size % self.patch_size:
+            expected = f"expected a multiple of patch_size={self.patch_size}"
+            raise ValueError(f"image_size: {expected}, found {self.image_size}")
         if self.pooler and not self.class_token:
-            raise ValueError("vision.pooler: expected class_token=True beside it, found False")
+            raise ValueError("pooler: expected class_token=True beside it, found False")
 
 
 def patchify(image: Float[AnyArray, "b h w c"], patch_size: int) -> Float[Array, "b p f"]:

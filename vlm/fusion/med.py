@@ -29,10 +29,11 @@ from vlm.layers.cache import Cache, DecoderCache
 from vlm.layers.layout import unstacked_layers
 from vlm.layers.linear import Embedding, Linear, constrain
 from vlm.layers.masks import causal_mask, padding_mask
-from vlm.layers.mlp import MLP
+from vlm.layers.mlp import MLP, Activation
 from vlm.layers.norms import LayerNorm
 from vlm.layers.positions import padded_positions
-from vlm.layers.transformer import LayerInput, LayerOutput, Remat, StackOutput, scan_layers
+from vlm.layers.transformer import LayerInput, LayerOutput, Remat, StackOutput, check_stack, scan_layers
+from vlm.strict import at_least
 
 Fuse = Literal["average", "merge"]
 
@@ -58,7 +59,7 @@ class MedConfig:
     max_length: int = 512
     context_size: int | None = 768
     pad_id: int = 0
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     norm_eps: float = 1e-12
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
@@ -74,10 +75,8 @@ class MedConfig:
         return self.hidden_size // self.num_heads
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size: expected a multiple of num_heads={self.num_heads}, found {self.hidden_size}"
-            )
+        check_stack(self, "vocab_size", "max_length", "context_size")
+        at_least(0, self, "pad_id", "init_std")
 
 
 class MedLayer(nn.Module):

@@ -17,8 +17,10 @@ from vlm.encoders.output import EncoderOutput
 from vlm.layers.arrays import AnyArray
 from vlm.layers.linear import Linear, constrain, default_init, param
 from vlm.layers.masks import padding_mask
+from vlm.layers.mlp import Activation
 from vlm.layers.norms import LayerNorm
-from vlm.layers.transformer import Remat, TransformerBlock, scan_layers
+from vlm.layers.transformer import Remat, TransformerBlock, check_stack, scan_layers
+from vlm.strict import at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class FusionConfig:
     num_layers: int = 6
     num_heads: int = 12
     mlp_dim: int = 3072
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     norm_eps: float = 1e-12
     qkv_bias: bool = True
     class_token: bool = True
@@ -49,9 +51,8 @@ class FusionConfig:
     scan_unroll: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.hidden_size % self.num_heads:
-            expected = f"expected a multiple of num_heads={self.num_heads}"
-            raise ValueError(f"fusion.hidden_size: {expected}, found {self.hidden_size}")
+        check_stack(self)
+        at_least(0, self, "init_std")
 
 
 class FusionEncoder(nn.Module):

@@ -15,10 +15,29 @@ from vlm.layers.arrays import AnyArray
 from vlm.layers.attention import Attention, Mask
 from vlm.layers.cache import Cache
 from vlm.layers.linear import Initializer, constrain, default_init
-from vlm.layers.mlp import MLP, GatedMLP
+from vlm.layers.mlp import MLP, Activation, GatedMLP
 from vlm.layers.norms import LayerNorm, RMSNorm
+from vlm.strict import at_least
 
 Remat = Literal["none", "dots", "full"]
+SIZES = ("hidden_size", "num_layers", "num_heads", "mlp_dim", "scan_unroll")
+RATES = ("dropout_rate", "attention_dropout_rate", "drop_path_rate")
+
+
+def check_stack(config: Any, *sizes: str) -> None:
+    """For the `__post_init__` of a stack's configuration: sizes (with `sizes`), widths of heads, rates.
+
+    Raises:
+      ValueError: naming the field, what was expected and what was found.
+    """
+    at_least(1, config, *SIZES, *sizes)
+    at_least(0, config, "norm_eps")
+    if config.hidden_size % config.num_heads:
+        expected = f"expected a multiple of num_heads={config.num_heads}"
+        raise ValueError(f"hidden_size: {expected}, found {config.hidden_size}")
+    for name in RATES:
+        if not 0 <= getattr(config, name, 0.0) < 1:
+            raise ValueError(f"{name}: expected a rate from 0 to below 1, found {getattr(config, name)}")
 
 
 @flax.struct.dataclass
@@ -52,7 +71,7 @@ class TransformerBlock(nn.Module):
     num_heads: int
     head_dim: int
     mlp_dim: int
-    activation: str
+    activation: Activation
     norm_eps: float
     pre_norm: bool = True
     norm: Literal["layer", "rms"] = "layer"

@@ -113,7 +113,9 @@ def test_what_is_missing_is_named(model, batch, config, message):
 
 def test_what_the_objective_does_not_train_must_be_frozen():
     section = {"vision": dataclasses.asdict(VISION), "text": dataclasses.asdict(TEXT), "project_dim": 12}
-    settings = Config("altclip", model=section | {"projection_dim": 8})
+    settings = Config(
+        "altclip", model=section | {"projection_dim": 8}, processor={"image": {"size": 8, "crop": 8}, "max_length": 8}
+    )
     with pytest.raises(UserError, match=r"gives no gradient to vision/.*freeze 'vision/\.\*\|vision_projection/\.\*'"):
         experiment(settings)
     groups = (("vision/.*|vision_projection/.*", GroupConfig(freeze=True)), (".*", GroupConfig()))

@@ -14,6 +14,7 @@ from vlm.family import Batch, Extra, Metrics, Params
 from vlm.layers.norms import normalise
 from vlm.losses import chunked_cross_entropy, contrastive, mean_squared_error
 from vlm.models.altclip.model import AltCLIP, AltCLIPConfig
+from vlm.strict import at_least, unused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,13 @@ class LossConfig:
     teacher_projection_dim: int = 768
     lock_image: bool = True
     form: Literal["auto", "rows", "ring"] = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "teacher_projection_dim")
+        if self.objective != "teacher_learning":
+            unused(self, f"objective {self.objective!r}", "teacher", "target", "teacher_projection_dim")
+        if self.objective != "contrastive":
+            unused(self, f"objective {self.objective!r}", "lock_image", "form")
 
     @property
     def locked(self) -> str:

@@ -18,6 +18,7 @@ from vlm.data.masking import mask_tokens
 from vlm.data.text import one_text
 from vlm.errors import UserError
 from vlm.manifest import write_atomically
+from vlm.strict import at_least
 from vlm.tokenizers import Tokenizer, load
 from vlm.tokenizers.files import read_json, read_json_if_present
 from vlm.tokenizers.loading import FILE_NAMES
@@ -57,6 +58,34 @@ class ProcessorConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.mlm_probability < 1:
             raise ValueError(f"mlm_probability: expected a share in [0, 1), found {self.mlm_probability}")
+        at_least(2, self, "max_length", "teacher_max_length")
+
+    def check(self, model: Any, loss: Any) -> None:
+        """Whether the examples fit the architecture and the objective of a run.
+
+        Args:
+            model: the family's architecture; loss: its loss settings.
+
+        Raises:
+            UserError: pictures of another size than the image tower's, rows longer than a position table, or tokens
+                hidden for an objective that does not predict them.
+        """
+        side, size = model.vision and model.vision.image_size, self.image.output_size
+        if side is not None and size != (side, side):
+            expected = f"expected the {side} x {side} of config.model.vision.image_size"
+            found = "pictures of any size" if size is None else "{} x {}".format(*size)
+            raise UserError(f"config.processor.image: {expected}, found {found}")
+        limits = {
+            "max_length": model.text.max_tokens if model.text else model.clip_text and model.clip_text.max_length,
+            "teacher_max_length": self.teacher_tokenizer and loss.teacher and loss.teacher.max_length,
+        }
+        for name, limit in limits.items():
+            if limit and getattr(self, name) > limit:
+                expected = f"expected at most the {limit} positions of the text tower"
+                raise UserError(f"config.processor.{name}: {expected}, found {getattr(self, name)}")
+        if self.mlm_probability and loss.objective != "lm":
+            expected = f"expected 0 with objective {loss.objective!r}, which predicts no hidden tokens"
+            raise UserError(f"config.processor.mlm_probability: {expected}, found {self.mlm_probability}")
 
 
 class Processor:

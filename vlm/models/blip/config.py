@@ -7,6 +7,7 @@ from typing import Literal
 
 from vlm.encoders.vit import ViTConfig
 from vlm.fusion.med import MedConfig
+from vlm.strict import at_least
 
 VIT = ViTConfig(
     patch_size=16,
@@ -87,6 +88,7 @@ class BLIPConfig:
         return self.text if self.shared_decoder else self.decoder
 
     def __post_init__(self) -> None:
+        at_least(1, self, "projection_dim", "num_labels")
         for message in self._problems():
             raise ValueError(f"model.{message}")
 

@@ -9,6 +9,8 @@ from vlm.encoders.bert import BertConfig
 from vlm.encoders.dvae import DVAEConfig
 from vlm.encoders.vit import ViTConfig
 from vlm.fusion.multimodal import FusionConfig
+from vlm.layers.mlp import Activation
+from vlm.strict import at_least
 
 VIT = ViTConfig(
     patch_size=16,
@@ -58,8 +60,11 @@ class ClassifierConfig:
     num_labels: int
     input: Literal["image", "text", "multimodal"] = "multimodal"
     hidden_size: int = 768
-    activation: str = "relu"
+    activation: Activation = "relu"
     dropout_rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "num_labels", "hidden_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,8 @@ class FLAVAConfig:
         return self.grid_side * self.codebook.downsampling
 
     def __post_init__(self) -> None:
+        at_least(1, self, "projection_dim", "image_vocab_size")
+        at_least(0, self, "head_norm_eps")
         for message in self._problems():
             raise ValueError(f"model.{message}")
 
