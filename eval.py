@@ -20,7 +20,7 @@ from typing import Any
 
 from vlm.config import build, command_line, config_hash, parse_command, parse_config_flag
 from vlm.errors import UserError, exit_on_user_error
-from vlm.hosts import add_host_flags, connect
+from vlm.hosts import add_host_flags, connect, may_end_alone
 from vlm.schema import Config
 
 
@@ -41,8 +41,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    with exit_on_user_error():
-        options, config = parse_command(arguments(), argv)
+    with may_end_alone(), exit_on_user_error():
+        options, config = parse_command(arguments(), argv, UNREAD)
         if not options.checkpoint:
             raise UserError("--checkpoint=PATH is missing; see --help")
         if not Path(options.checkpoint).exists():

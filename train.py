@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from vlm.config import build, command_line, config_hash, parse_command
 from vlm.errors import UserError, exit_on_user_error
 from vlm.heap import keep_freed_memory
-from vlm.hosts import add_host_flags, connect
+from vlm.hosts import add_host_flags, connect, may_end_alone
 from vlm.metrics import Diverged
 from vlm.schema import Config
 
@@ -37,7 +36,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    with exit_on_user_error():
+    with may_end_alone(), exit_on_user_error():
         options, config = parse_command(arguments(), argv)
         if config is None:
             raise UserError("--config=FILE is missing; see --help")
@@ -67,8 +66,8 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
     from vlm.checkpoint import Checkpoints
     from vlm.checkpoint.processes import from_primary
     from vlm.checks import check_data
-    from vlm.experiment import Steps, experiment, make_loader, make_processor, make_report
-    from vlm.preemption import Preemption
+    from vlm.experiment import Steps, device_batches, experiment, make_loader, make_processor, make_report
+    from vlm.preemption import EXIT_PREEMPTED, Preemption, Stopped
     from vlm.tree import listing
 
     primary, micro = jax.process_index() == 0, settings.optimizer.accumulation_steps
@@ -93,47 +92,52 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
 
         # The state: from the newest verified checkpoint, or new.
         kept = {name: getattr(settings.train, name) for name in ("keep", "keep_every", "verify")}
-        checkpoints = Checkpoints(workdir / "checkpoints", **kept)
-        stack.enter_context(contextlib.closing(checkpoints))
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", **kept))
         state = begin(settings, parts, placements, mesh, checkpoints, loader.fingerprint, allow_change)
         from_primary(lambda: folder.record(workdir, config, processor))
 
-        # The step, compiled for the first batch of every structure; then the loop.
-        start = int(state.step)
-        batches = stack.enter_context(loader.iterate(start))
-        feed = device_batches(batches, split, settings.data.batch_size, settings.train.text_lengths)
-        if start >= settings.train.steps:
-            return 0
-        steps = Steps(settings, parts, split)
-
+        # What happens between steps.
+        start, several = int(state.step), jax.process_count() > 1
+        report = stack.enter_context(make_report(settings, config, workdir, start, loader.steps_of_streams))
+        results = lambda number: workdir / "eval" / f"step_{number:08d}.json"  # noqa: E731
         shown: set[frozenset[str]] = set()
 
-        def prepare(number: int, state: Any, batch: Any) -> Any:
-            """Compiles the step for such batches, and keeps pictures of the first with these arrays; its FLOPs."""
+        def show(number: int, batch: Any) -> None:
+            """Keeps pictures of the first batch with these arrays."""
             if "image" in batch and frozenset(batch) not in shown:
                 images = batch["image"].addressable_data(0)  # of this host
                 from_primary(lambda: str(folder.save_samples(workdir, images, number, settings.train.sample_images)))
             shown.add(frozenset(batch))
-            return steps(state, batch)[1]
-
-        first = next(feed)
-        flops = prepare(start, state, first[0])
-        report = stack.enter_context(make_report(settings, config, workdir, flops, start, loader.steps_of_streams))
 
         def save(number: int, state: Any, wait: bool = False) -> None:
             position = {"step": number, "fingerprint": loader.fingerprint}
             checkpoints.save(number, state, position, config_hash(config), wait=wait)
 
-        def evaluate(number: int, state: Any) -> dict[str, float]:
-            output, about = (
-                workdir / "eval" / f"step_{number:08d}.json",
-                {"step": number, "config": config_hash(config)},
-            )
-            settled = {"mesh": mesh, "output": output, "about": about, "progress": False}
-            axes = sharding.batch_axes(settings.sharding.rules)
-            return evaluation.run(evaluations, parts.model, state.params, processor, batch_axes=axes, **settled)
+        def evaluate(number: int, state: Any) -> None:
+            about = {"step": number, "config": config_hash(config)}
+            settled = {"mesh": mesh, "batch_axes": sharding.batch_axes(settings.sharding.rules), "progress": False}
+            settled |= {"output": results(number), "about": about, "poll": preemption.poll}
+            with report.paused(), contextlib.nullcontext() if several else preemption.interrupting():
+                values = evaluation.run(evaluations, parts.model, state.params, processor, **settled)
+            report.evaluated(number, values)
 
-        return loop(settings, state, steps, prepare, first, feed, report, save, evaluate, preemption)
+        # The loop, after an evaluation that a stop or a failure has left out.
+        try:
+            missing = bool(settings.eval) and due(settings.train.eval_every, start, settings)
+            if missing and from_primary(lambda: not results(start).exists()):
+                evaluate(start, state)
+            if start >= settings.train.steps:
+                report.say(f"all {start} steps are done")
+                return 0
+            batches = stack.enter_context(loader.iterate(start))
+            feed = device_batches(settings, batches, split, preemption, settings.train.steps - start)
+            loop(settings, state, Steps(settings, parts, split), feed, report, show, save, evaluate)
+        except Stopped:
+            report.say(
+                f"stopped and saved at step {max(checkpoints.steps(), default=0)}; the same command goes on from there"
+            )
+            return EXIT_PREEMPTED
+        return 0
 
 
 def begin(
@@ -161,66 +165,52 @@ def begin(
     return state
 
 
-def device_batches(
-    batches: Iterator[Any], split: Any, batch_size: int, text_lengths: Sequence[int]
-) -> Iterator[tuple[Any, float, float]]:
-    """(batch on the devices, its real tokens, seconds waited for it); copies run beside the step before."""
-    import jax
-
-    from vlm.sharding import put_batch
-    from vlm.training import shortest_text
-
-    while True:
-        began = time.monotonic()
-        batch = next(batches)
-        waited = time.monotonic() - began
-        tokens = float(batch["mask"].sum()) * batch_size / len(batch["mask"]) if "mask" in batch else 0.0
-        if jax.process_count() == 1:  # several hosts choose a length in the step
-            batch = shortest_text(batch, text_lengths)
-        yield put_batch(batch, split, batch_size), tokens, waited
+def due(every: int, number: int, settings: Config) -> bool:
+    """Whether something is to happen after step `number`: every so many steps (0: never), and after the last one."""
+    return bool(every and number) and (number % every == 0 or number == settings.train.steps)
 
 
 def loop(
     settings: Config,
     state: Any,
     steps: Any,
-    prepare: Any,
-    item: tuple[Any, float, float],
     feed: Iterator[tuple[Any, float, float]],
     report: Any,
+    show: Any,
     save: Any,
     evaluate: Any,
-    preemption: Any,
-) -> int:
-    """Runs the steps that are left, with everything that happens between them."""
-    from vlm.preemption import EXIT_PREEMPTED
+) -> None:
+    """Runs the steps that are left, with everything that happens between them.
 
-    first, last = int(state.step) + 1, settings.train.steps
-    due = lambda number, every: bool(every) and (number % every == 0 or number == last)  # noqa: E731
-    for number in range(first, last + 1):
+    Raises:
+      Stopped: a signal came; all is saved.
+    """
+    from vlm.preemption import Stopped
+
+    number, last, train = int(state.step), settings.train.steps, settings.train
+    item = next(feed, None)
+    while item is not None:
         batch, tokens, waited = item
-        if batch not in steps:  # the first of another stream, or of another length of text
+        if batch not in steps:  # the first of a stream, or of a length of text
             with report.paused():
-                flops = prepare(number - 1, state, batch)
+                flops = steps(state, batch)[1]
+                show(number, batch)
                 shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in sorted(batch.items()))
                 report.say(f"batches of {shapes}: {flops.whole / 1e9:.4g} GFLOP per step")
+        number += 1
         step, flops = steps(state, batch)
         state, metrics = step(state, batch)
         report.dispatched(number, metrics, tokens, waited, flops)
-        stopping = preemption.stop()
-        if number < last and not stopping:
-            item = next(feed)  # while the step runs
-        evaluating = bool(settings.eval) and due(number, settings.train.eval_every) and not stopping
-        if stopping or number == last or due(number, settings.train.checkpoint_every):
+        item = next(feed, None)  # while the step runs; None: this was the last, or a stop was asked for
+        stopping = item is None and number < last
+        evaluating = bool(settings.eval) and due(train.eval_every, number, settings) and not stopping
+        if stopping or evaluating or number == last or due(train.checkpoint_every, number, settings):
             with report.paused():  # durable before an evaluation starts, which may be killed or fail
-                save(number, state, wait=stopping or number == last or evaluating)
+                save(number, state, wait=stopping or evaluating or number == last)
         if evaluating:
-            with report.paused():
-                report.evaluated(number, evaluate(number, state))
-        if stopping and number < last:
-            report.say(f"stopped and saved at step {number}; the same command goes on from there")
-            return EXIT_PREEMPTED
-    return 0
+            evaluate(number, state)
+    if number < last:
+        raise Stopped
 
 
 if __name__ == "__main__":

@@ -131,7 +131,9 @@ def test_the_torus_order_alone_scatters_the_rows_of_a_host():
 
 def test_hosts_may_share_rows_but_not_overlap_in_part():
     shared = {0: {(0, 4)}, 1: {(0, 4)}, 2: {(4, 8)}, 3: {(4, 8)}}
-    assert sharding.host_rows(shared, 8) == {0: (0, 4), 1: (0, 4), 2: (4, 8), 3: (4, 8)}
+    rows = sharding.host_rows(shared, 8)
+    assert rows == {0: (0, 4), 1: (0, 4), 2: (4, 8), 3: (4, 8)}
+    assert [sharding.is_first(rows, host) for host in rows] == [True, False, True, False]
     for wrong in ({0: {(0, 2), (2, 4)}, 1: {(2, 4), (4, 6)}}, {0: {(0, 4)}, 1: {(4, 6)}}, {0: {(0, 1), (3, 4)}}):
         with pytest.raises(UserError, match=r"config\.sharding: expected"):
             sharding.host_rows(wrong, 8)

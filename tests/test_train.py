@@ -267,7 +267,9 @@ def test_a_full_disk_is_one_line_after_the_metrics(tmp_path, data):
     done = subprocess.run(limited, env=environment(1), capture_output=True, text=True, check=False)
     *progress, last = done.stderr.strip().splitlines()
     assert done.returncode == 2 and last.startswith("error: checkpoint of step 2 failed: File too large; there is no")
-    assert len(progress) <= 3 and all(re.match(r"1 x cpu|step \d/6 \| loss", line) for line in progress), done.stderr
+    assert len(progress) <= 4 and all(re.match(r"1 x cpu|batches of|step \d/6 \| loss", line) for line in progress), (
+        done.stderr
+    )
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [".lock"]
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from jax.sharding import NamedSharding
 
 from vlm import flops, metrics
 from vlm.checkpoint.processes import from_primary
-from vlm.data.batch import LoaderSettings
 from vlm.checks import check_vocabularies, tracing
+from vlm.data.batch import LoaderSettings
 from vlm.data.loader import Loader, Transform
 from vlm.data.others import WithOthers
 from vlm.data.source import Source, open_sources
@@ -30,10 +31,11 @@ from vlm.family import Family
 from vlm.layers.pixels import normalise_pixels
 from vlm.models import get_family
 from vlm.optimizer import Optimizer, make_optimizer
+from vlm.preemption import Preemption
 from vlm.schema import Config
-from vlm.sharding import local_rows, unbox
+from vlm.sharding import local_rows, put_batch, reads_first, unbox
 from vlm.strict import build
-from vlm.training import LossFn, StateInit, cut_text, make_train_step, text_sizes, trace_step
+from vlm.training import LossFn, StateInit, cut_text, make_train_step, shortest_text, text_sizes, trace_step
 from vlm.tree import flatten, listing
 
 
@@ -119,6 +121,9 @@ def make_processor(settings: Config, family: Family) -> Any:
 def make_loader(settings: Config, processor: Any, split: NamedSharding, ledger: str | os.PathLike | None) -> Loader:
     """The training data; this host reads the rows that its devices hold under `split`.
 
+    Args:
+      ledger: folder for the list of unreadable examples.
+
     Raises:
       UserError: data that cannot be opened.
     """
@@ -132,7 +137,10 @@ def make_loader(settings: Config, processor: Any, split: NamedSharding, ledger: 
         host_index=start // (stop - start),
         host_count=data.batch_size // (stop - start),
         max_skip_fraction=data.max_skip_fraction,
+        timeout_seconds=data.timeout_seconds,
     )
+    if not reads_first(split, data.batch_size):  # the host with the same rows meets the same unreadable examples
+        ledger = None
     sources, weights, transform = open_data(settings, processor, data.sources)
     streams: Any = {"members": data.members, "shares": data.streams} if data.streams else {}
     return Loader(sources, transform, loader, weights=weights, **streams, ledger=ledger)
@@ -176,6 +184,27 @@ def _codebook_cache(settings: Config, processor: Any) -> TeacherCache:
             f"config.model.image_vocab_size: expected the {cache.vocab_size} {kind} of {path}, found {known}"
         )
     return cache
+
+
+def device_batches(
+    settings: Config, batches: Iterator[Any], split: NamedSharding, preemption: Preemption, count: int
+) -> Iterator[tuple[Mapping[str, jax.Array], float, float]]:
+    """Yields `count` of (batch on the devices, its real tokens, seconds waited for it), or fewer: see `in_step`.
+
+    Copies run beside the step before.
+    """
+    rows, lengths = settings.data.batch_size, settings.train.text_lengths
+
+    def draw() -> tuple[Any, float]:
+        began = time.monotonic()
+        batch = next(batches)
+        return batch, time.monotonic() - began
+
+    for batch, waited in preemption.in_step(draw, count):
+        tokens = float(batch["mask"].sum()) * rows / len(batch["mask"]) if "mask" in batch else 0.0
+        if jax.process_count() == 1:  # several hosts choose a length in the step
+            batch = shortest_text(batch, lengths)
+        yield put_batch(batch, split, rows), tokens, waited
 
 
 class Steps:
@@ -233,7 +262,6 @@ def make_report(
     settings: Config,
     config: Any,
     workdir: Path,
-    step_flops: flops.StepFlops,
     start: int,
     streams: Callable[[int], Mapping[str, int]] | None = None,
 ) -> Iterator[metrics.Report]:
@@ -255,7 +283,7 @@ def make_report(
     from_primary(open_writer)
     writer = writers[0] if writers else None
     known = f"peak {peak / 1e12:g} TFLOP/s each" if peak else "peak unknown, so is the utilisation"
-    progress.say(f"{jax.device_count()} x {kind} ({known}); {step_flops.whole / 1e9:.4g} GFLOP per step")
+    progress.say(f"{jax.device_count()} x {kind} ({known})")
     rates = metrics.Rates(settings.data.batch_size, peak * jax.device_count() if peak else None)
     report = metrics.Report(rates, progress, writer, train.log_every, train.max_bad_steps, train.steps, streams)
     try:

@@ -1,11 +1,18 @@
-"""Several hosts: how the processes of one run find each other."""
+"""Several hosts: how the processes of one run find each other, and how one of them ends without the others."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
 
 from vlm.errors import UserError
+
+PATIENCE = 5.0  # seconds that a host which fails waits for the others to end too
 
 
 def add_host_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +49,37 @@ def connect(options: argparse.Namespace) -> None:
         jax.distributed.initialize(coordinator, count, index)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"joining the other hosts failed: {error}") from None
+
+
+@contextlib.contextmanager
+def may_end_alone() -> Iterator[None]:
+    """Around a whole command: a host that fails ends, with its message and status, although the others go on.
+
+    They would wait for it in their next collective, and it for them when the process exits. So it waits a few seconds,
+    in which hosts that fail together leave together, and is gone; the others then fail in that collective, or are ended
+    by the coordinator.
+    """
+    try:
+        yield
+    except BaseException as error:
+        jax = sys.modules.get("jax")
+        if jax is None or not jax.distributed.is_initialized():
+            raise
+        leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(PATIENCE)
+        if not leaving.is_alive():
+            raise
+        status = 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        elif isinstance(error.code, int):
+            status = error.code
+        elif error.code is not None:
+            print(error.code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _number(flag: int | None, name: str, variable: str) -> int | None:

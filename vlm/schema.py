@@ -70,6 +70,7 @@ class DataConfig:
       codebook_cache: folder of precomputed visual words (`python -m vlm.precompute`), joined to every picture by its
         bytes as `patch_labels`.
       max_skip_fraction: the run stops when more than this share of the records had to be replaced.
+      timeout_seconds: the run stops when there was no batch for so long.
     """
 
     sources: tuple[Section, ...] = ()
@@ -81,6 +82,7 @@ class DataConfig:
     teacher_cache: str | None = None
     codebook_cache: str | None = None
     max_skip_fraction: float = 0.001
+    timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         at_least(1, self, "batch_size", "prefetch")
@@ -143,10 +145,10 @@ class ScheduleConfig:
         exponential = self.name == "exponential"
         if exponential != (self.decay_rate != 1.0) or (exponential and not self.epoch_steps):
             raise ValueError("name: expected 'exponential' together with decay_rate and epoch_steps")
-
-
         if self.name in ("constant", "rsqrt"):
             unused(self, f"a {self.name} schedule", "end_factor")
+
+
 @dataclass(frozen=True)
 class GroupConfig:
     """How one group of parameters is trained; `weight_decay=None` takes the optimizer's."""
@@ -204,13 +206,13 @@ class OptimizerConfig:
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas: expected values from 0 to below 1, found {self.betas}")
-
-
         if self.name != "adamw":
             unused(self, self.name, "eps", *(("betas",) if self.name == "adafactor" else ()))
         for pattern, low, high in self.bounds:
             if low > high:
                 raise ValueError(f"bounds: {pattern!r}: expected the lowest value first, found {low} and {high}")
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; -1 (one of them at most) takes all that are left."""
@@ -276,7 +278,8 @@ class TrainConfig:
       verify: before a checkpoint is restored, "full" hashes its files, "fast" compares their sizes; values are compared
         in any case. "auto": "full" up to 8 GiB.
       text_lengths: lengths of text that the step is compiled for besides the whole row: every step runs on the shortest
-        that holds all real tokens of its batch, the same on all devices. The result is that of whole rows.
+        that holds all real tokens of its global batch, the same on all devices and for every number of hosts. The
+        result is that of whole rows, unless there is dropout, whose masks are drawn for the length that is run.
       max_bad_steps: the run stops after this many consecutive steps with a non-finite loss or gradient.
       sample_images: images of the first batch written to workdir/samples.
       tensorboard: also write TensorBoard event files.

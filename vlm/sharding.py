@@ -289,11 +289,25 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
     Raises:
       UserError: see `host_rows`.
     """
+    return _rows_of_hosts(sharding, batch_size)[jax.process_index()]
+
+
+def reads_first(sharding: NamedSharding, batch_size: int) -> bool:
+    """Whether this host is the first of those that share its rows."""
+    return is_first(_rows_of_hosts(sharding, batch_size), jax.process_index())
+
+
+def is_first(rows: Mapping[int, tuple[int, int]], host: int) -> bool:
+    """Whether no host before this one has the same rows."""
+    return host == min(other for other in rows if rows[other] == rows[host])
+
+
+def _rows_of_hosts(sharding: NamedSharding, batch_size: int) -> dict[int, tuple[int, int]]:
     parts: dict[int, set[tuple[int, int]]] = {}
     for device, index in sharding.devices_indices_map((batch_size,)).items():
         start, stop, _ = index[0].indices(batch_size) if index else (0, batch_size, 1)
         parts.setdefault(device.process_index, set()).add((start, stop))
-    return host_rows(parts, batch_size)[jax.process_index()]
+    return host_rows(parts, batch_size)
 
 
 def host_rows(parts: Mapping[int, set[tuple[int, int]]], batch_size: int) -> dict[int, tuple[int, int]]:

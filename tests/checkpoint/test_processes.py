@@ -15,7 +15,7 @@ from vlm.errors import UserError
 
 
 def test_one_process_then_two_then_one(tmp_path):
-    """What one process wrote two read, resharded; what two wrote one reads; failures reach both."""
+    """What one process wrote two read, resharded; what two wrote one reads; failures reach both, and end both."""
     folder = tmp_path / "checkpoints"
     (tmp_path / "config.json").write_text("{}")
     kernel = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
@@ -38,18 +38,20 @@ def test_one_process_then_two_then_one(tmp_path):
         )
         for index in range(2)
     ]
-    for process in running:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and out.strip().endswith("fine"), err[-3000:]
+    said = [process.communicate(timeout=120) for process in running]
+    for out, err in said:
+        assert out.strip().endswith("fine"), err[-3000:]
+    assert running[1].returncode == 2 and said[1][1].splitlines()[-1] == "error: only this one failed", said[1][1]
+    assert running[0].returncode == 1 and "Gloo" in said[0][1].splitlines()[-1], said[0][1]
 
     checkpoints = Checkpoints(folder)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     restored, step, data_state = checkpoints.restore(target)
     checkpoints.close()
-    assert (step, data_state) == (2, {"position": 2})
-    np.testing.assert_array_equal(restored["params"]["kernel"], kernel * 2)
-    assert restored["rng"] == jax.random.key(2)
-    verify_step(folder / "2")
+    assert (step, data_state) == (6, {"position": 6})
+    np.testing.assert_array_equal(restored["params"]["kernel"], kernel * 6)
+    assert restored["rng"] == jax.random.key(6)
+    verify_step(folder / "6")
 
 
 def test_what_one_process_runs_alone_cannot_ask_the_others():

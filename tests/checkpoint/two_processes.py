@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
 
+from vlm import hosts  # noqa: E402
 from vlm.checkpoint import Checkpoints, fingerprint, lazy_params, reading, restore_params  # noqa: E402
-from vlm.checkpoint.processes import from_primary  # noqa: E402
-from vlm.errors import UserError  # noqa: E402
+from vlm.checkpoint.processes import any_process, from_primary  # noqa: E402
+from vlm.errors import UserError, exit_on_user_error  # noqa: E402
 
 fingerprint.HOST_BYTES = 1024  # the kernel takes the way of large arrays, the rest that of small ones
 KERNEL = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
@@ -96,7 +97,7 @@ if index == "0":  # the next save fails in one process; both must hear of it
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    saving.write_manifest = full
+    write_manifest, saving.write_manifest = saving.write_manifest, full
 checkpoints.save(5, make(5, "a"), {"position": 5}, "hash")
 try:
     checkpoints.wait()
@@ -104,6 +105,8 @@ except UserError as error:
     assert ("No space left" if index == "0" else "failed in another process") in str(error), error
 else:
     raise AssertionError("a failed save went unnoticed")
+if index == "0":
+    saving.write_manifest = write_manifest
 assert checkpoints.steps() == [2]
 
 # Whatever the first process raises or returns, the others hear of it and go on.
@@ -129,5 +132,12 @@ mesh = Mesh(np.array(jax.devices()).reshape(4), ("a",))
 _, params = restore_params(checkpoints.directory, shardings={"kernel": NamedSharding(mesh, P(None, "a"))})
 expected = jax.jit(lambda a: jnp.all(a == KERNEL * 2))(params["kernel"])
 assert bool(expected)
-checkpoints.close()
-print("fine")
+print("fine", flush=True)
+
+# The second process fails alone, after a save, while the first waits for it: both end, and the save is kept.
+hosts.PATIENCE = 0.5
+with hosts.may_end_alone(), exit_on_user_error(), checkpoints:
+    checkpoints.save(6, make(6), {"position": 6}, "hash")
+    if index == "1":
+        raise UserError("only this one failed")
+    any_process(False)

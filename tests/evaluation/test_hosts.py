@@ -14,7 +14,7 @@ import pytest
 from vlm import evaluation, losses
 
 PROGRAM = """
-import sys, json, runpy
+import os, signal, sys, json, runpy
 import jax, numpy as np, jax.numpy as jnp
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -60,6 +60,23 @@ for name, (module, function) in writers.items():
         else:
             raise AssertionError(f"{name}: nobody heard of it")
     setattr(module, function, usual)
+
+# One host meets a wrong label, or gets a signal: both stop, at the same batch.
+from vlm.preemption import Preemption, Stopped
+
+wrong = {**specs["colours"], "data": json.loads(sys.argv[7])}
+with jax.set_mesh(mesh), Preemption(mesh) as preemption:
+    for spec, kind, words in ((wrong, UserError, "another host" if sys.argv[2] == "0" else "label"),
+                              (specs["colours"], Stopped, "")):
+        if kind is Stopped and sys.argv[2] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            model, processor = fake["ColourModel"](), fake["ColourProcessor"]()
+            evaluation.run({"any": spec}, model, params, processor, poll=preemption.poll)
+        except kind as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"{words}: nobody heard of it")
 """
 
 
@@ -90,7 +107,8 @@ def test_two_processes_equal_one(model, params, processor, colours, tmp_path):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     port, fake = f"localhost:{free_port()}", str(pathlib.Path(__file__).with_name("conftest.py"))
-    outputs = [str(tmp_path / "two" / "r.json"), str(tmp_path / "none" / "r.json")]
+    wrong, _ = colours(count=8, name="wrong", label=lambda i: 99 if i == 7 else 0)
+    outputs = [str(tmp_path / "two" / "r.json"), str(tmp_path / "none" / "r.json"), json.dumps(wrong)]
     commands = [
         [sys.executable, "-c", PROGRAM, port, str(host), fake, json.dumps(values), *outputs] for host in range(2)
     ]

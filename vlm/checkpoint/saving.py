@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -44,7 +45,8 @@ class Checkpoints:
     process that dies at any moment leaves the last complete step. `restore` takes the newest step that proves
     to be exactly what was in memory, onto any mesh and any number of processes.
 
-    All processes of a run construct it and call its methods together.
+    All processes of a run construct it and call its methods together; as a context it is closed, also by one that
+    fails alone.
     """
 
     def __init__(
@@ -205,12 +207,31 @@ class Checkpoints:
             raise UserError("a checkpoint failed in another process; see its message")
 
     def close(self) -> None:
-        """Waits for the last save, then lets another process write."""
+        """Waits for the last save, then lets another process write.
+
+        Raises:
+            UserError: as `wait`.
+        """
         try:
             self.wait()
         finally:
-            self._orbax.close()
-            self._lock.release()
+            self._release()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes. After an error, which may be of this process alone, nothing is asked of the others."""
+        if kind is None:
+            self.close()
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self._orbax.close()
+        self._lock.release()
 
     # --------------------------------------------------------------------------------------------------- restore
 

@@ -47,6 +47,7 @@ class Embedder:
       num_workers: threads per host that decode images.
       memory: the image embeddings of the last data set, so that evaluations of one set in several languages run the
         image tower once; see `all_images`.
+      poll: see `Feed`.
     """
 
     model: Any
@@ -57,11 +58,12 @@ class Embedder:
     batch_size: int = 64
     num_workers: int = 2
     memory: dict[str, tuple[np.ndarray, list[int]]] = dataclasses.field(default_factory=dict)
+    poll: Callable[[], None] = lambda: None
 
     @property
     def feed(self) -> Feed:
         """Where batches go."""
-        return Feed(self.mesh, self.batch_axes, self.batch_size, self.num_workers)
+        return Feed(self.mesh, self.batch_axes, self.batch_size, self.num_workers, self.poll)
 
     @property
     def rows(self) -> int:

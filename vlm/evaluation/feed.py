@@ -61,12 +61,14 @@ class Feed:
       batch_axes: mesh axes that the rows of a batch are split over.
       batch_size: rows over all devices, rounded up to a multiple of them.
       num_workers: threads per host that decode images.
+      poll: called on every host before anything goes to the devices; what it raises, on all of them, ends the work.
     """
 
     mesh: Mesh | None = None
     batch_axes: tuple[str, ...] = ("data", "fsdp")
     batch_size: int = 64
     num_workers: int = 2
+    poll: Callable[[], None] = lambda: None
 
     @property
     def rows(self) -> int:
@@ -85,6 +87,7 @@ class Feed:
 
     def put(self, arrays: Arrays) -> dict[str, Any]:
         """Puts this host's rows of some arrays on its devices; together the hosts' rows are a batch."""
+        self.poll()
         if self.mesh is None:
             return dict(arrays)
         placed = put_batch(arrays, self._sharding(), self.rows)
@@ -122,7 +125,7 @@ class Feed:
           advance: called with the number of examples done.
 
         Raises:
-          UserError: an example that `note` refuses, or every example is unreadable.
+          UserError: on every host, an example of one of them that `note` refuses, or every example is unreadable.
         """
         start, stop = self.local_rows()
         settings = LoaderSettings(
@@ -137,15 +140,14 @@ class Feed:
         loader = Loader([_Numbered(source)], step_transform, settings, train=False)
         readable = 0
         with loader.iterate() as batches:
-            for step, batch in enumerate(batches):
-                index, valid = batch.pop("index"), batch.pop("valid")
-                everyone = _gather({int(i): kept.pop(int(i)) for i in index[valid]})
+            for step, (batch, everyone) in enumerate(_gathered(batches, kept)):
                 readable += len(everyone)
                 yield Fed(batch, step * self.rows, [{"index": i, **everyone[i]} for i in sorted(everyone)])
                 if advance is not None:
                     advance(min((step + 1) * self.rows, len(source)))
         if not readable:
-            raise UserError(f"{source.name}: no image could be read, the first: {loader.ledger.entries[0].error}")
+            found = [f", the first: {skip.error}" for skip in loader.ledger.entries]  # on this host
+            raise UserError(f"{source.name}: no image could be read{''.join(found[:1])}")
 
     def _sharding(self) -> NamedSharding:
         assert self.mesh is not None
@@ -216,14 +218,32 @@ class _Numbered:
         return {**self._source[index], "index": index}
 
 
-def _gather(notes: dict[int, Note]) -> dict[int, Note]:
-    """The notes of all hosts, on every host."""
+def _gathered(batches: Iterator[Any], kept: dict[int, Note]) -> Iterator[tuple[dict[str, np.ndarray], dict[int, Note]]]:
+    """Each batch of this host with the notes on the rows of all hosts; where one host fails, all raise."""
+    while True:
+        batch, notes, failure = None, {}, None
+        try:
+            if (batch := next(batches, None)) is None:
+                return
+            index, valid = batch.pop("index"), batch.pop("valid")
+            notes = {int(i): kept.pop(int(i)) for i in index[valid]}
+        except Exception as error:  # whatever it is, the others must hear of it
+            failure = error
+        yield batch, _gather(notes, failure)  # type: ignore[misc]
+
+
+def _gather(notes: dict[int, Note], failure: Exception | None) -> dict[int, Note]:
+    """The notes of all hosts, on every host; raises on every host where there is a failure on one of them."""
     if jax.process_count() == 1:
+        if failure is not None:
+            raise failure
         return notes
     from jax.experimental.multihost_utils import process_allgather
 
     data = np.frombuffer(json.dumps(list(notes.items()), ensure_ascii=False).encode(), np.uint8)
-    lengths = np.asarray(process_allgather(np.int32(len(data)))).reshape(-1)
+    lengths = np.asarray(process_allgather(np.int32(len(data) if failure is None else -1))).reshape(-1)
+    if lengths.min() < 0:
+        raise failure or UserError("another host failed and says why")
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(data)] = data
     everyone = np.asarray(process_allgather(padded)).reshape(len(lengths), -1)

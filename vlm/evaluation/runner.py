@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def run(
     about: Mapping[str, Any] | None = None,
     limit: int | None = None,
     progress: bool = True,
+    poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Evaluates a model; every host of a multi-host program calls this and gets the metrics.
 
@@ -108,6 +109,7 @@ def run(
       batch_axes: mesh axes that batches are split over.
       output: name of the JSON result; JSONL and HTML files go beside it. None: nothing is written.
       about: what is evaluated (checkpoint, step, configuration hash, …), kept with the results.
+      poll: called on every host before every batch; what it raises, on all of them, ends the evaluation.
 
     Returns:
       {"evaluation/metric": value}.
@@ -124,7 +126,7 @@ def run(
     if mesh is None:
         current = jax.sharding.get_mesh()
         mesh = None if current.empty else current
-    embedder = Embedder(model, params, processor, mesh, batch_axes)
+    embedder = Embedder(model, params, processor, mesh, batch_axes, poll=poll)
     _check(plan, embedder)
     results: dict[str, Result] = {}
     for name, (evaluator, feeding) in plan.evaluators.items():
