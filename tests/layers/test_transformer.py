@@ -103,10 +103,10 @@ def test_stacked_cache_equals_the_full_pass():
     model, params, x = _init(num_kv_heads=1)
     full = jax.jit(model.apply)(params, x, masks.causal_mask(5)).hidden
     step = jax.jit(lambda part, mask, cache: model.apply(params, part, mask, cache=cache))
-    cache = jax.tree.map(lambda x: jnp.stack([x] * 3), Cache.empty(2, 8, 1, 8))
+    cache = jax.tree.map(lambda x: jnp.stack([x] * 3), Cache.constant(*jnp.zeros((2, 2, 0, 1, 8))).reserve(8))
     outputs = []
     for i in range(5):
-        mask = masks.cached_mask(jnp.full((2, 1), i), 8)
+        mask = (jnp.arange(8) <= i)[None, None, None]
         output = step(x[:, i : i + 1], mask, cache)
         cache = output.cache
         outputs.append(output.hidden)

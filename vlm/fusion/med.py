@@ -107,7 +107,9 @@ class MedLayer(nn.Module):
         mask: Mask = None,
         context: Float[AnyArray, "b ... n c"] | None = None,
         context_mask: Bool[AnyArray, "b ... n"] | None = None,
+        offset: Float[AnyArray, "b h l n"] | None = None,
     ) -> tuple[Float[Array, "b l e"], LayerOutput]:
+        """`offset` is added to the cross-attention's weights, for gradients with respect to them."""
         caches = layer.cache or (None, None)
         hidden = constrain(jnp.asarray(hidden), "batch", "length", "embed_activation")
         names = ["attention", "decoder_attention"] if self.shared_decoder else ["attention"]
@@ -120,7 +122,7 @@ class MedLayer(nn.Module):
         hidden, own, weights = self._self_attention(used, hidden, mask, caches[0])
         cross_weights = cross = None
         if context is not None or caches[1] is not None:
-            hidden, cross, cross_weights = self._cross_attention(hidden, context, context_mask, caches[1])
+            hidden, cross, cross_weights = self._cross_attention(hidden, context, context_mask, caches[1], offset)
         config, dtype = self.config, hidden.dtype
         inits = (nn.initializers.normal(config.init_std),) * 2
         branch = MLP(config.mlp_dim, config.activation, True, *inits, dtype=dtype, name="mlp")(hidden)
@@ -137,7 +139,7 @@ class MedLayer(nn.Module):
         return self._add(f"{name}_norm", hidden, branch), state, weights
 
     def _cross_attention(
-        self, hidden: jax.Array, context: Any, context_mask: Any, cache: Cache | None
+        self, hidden: jax.Array, context: Any, context_mask: Any, cache: Cache | None, offset: Any
     ) -> tuple[jax.Array, Any, jax.Array | None]:
         """Reads the context, or two of them; the weights of two are stacked on an axis after the batch."""
 
@@ -149,6 +151,7 @@ class MedLayer(nn.Module):
                 cache=cache,
                 deterministic=self.deterministic,
                 output_attentions=self.output_attentions,
+                offset=offset,
             )
 
         if self.fuse is None:

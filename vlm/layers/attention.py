@@ -174,12 +174,14 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         deterministic: bool = True,
         output_attentions: bool = False,
+        offset: Float[AnyArray, "b h l m"] | None = None,
     ) -> tuple[Float[Array, "b l e"], KeysValues | Cache, Float[Array, "b h l m"] | None]:
         """Attends from `x` to itself, to `context`, or to already projected `keys_values`.
 
         With a growing `cache`, the new keys and values take its next slots and `mask` spans the whole buffer
-        (`masks.cached_mask`, `DecoderCache.begin`); a constant one is only read. Returns the output, the keys and
-        values (the updated cache where one was given) and, without a cache, the attention weights if asked for.
+        (`DecoderCache.begin`); a constant one is only read. `offset` is added to the attention weights, without a
+        cache: a gradient with respect to it is one with respect to them. Returns the output, the keys and values (the
+        updated cache where one was given) and, without a cache, the attention weights if asked for.
         """
         kv_heads = self.num_kv_heads or self.num_heads
         constant = cache is not None and cache.index is None
@@ -198,7 +200,7 @@ class Attention(nn.Module):
         if cache is None:
             assert keys_values is not None
             state: KeysValues | Cache = keys_values
-            mixed, weights = self._attend(query, keys_values, mask, deterministic, output_attentions)
+            mixed, weights = self._attend(query, keys_values, mask, deterministic, output_attentions, offset)
         else:
             state = cache if keys_values is None else cache.append(*keys_values)
             mixed, weights = cached_attention(query, state, mask), None
@@ -214,13 +216,15 @@ class Attention(nn.Module):
         mask: Mask,
         deterministic: bool,
         output_attentions: bool,
+        offset: Any,
     ) -> tuple[jax.Array, jax.Array | None]:
         key, value = keys_values
         dropout = self.dropout_rate > 0 and not deterministic
-        if not dropout and not output_attentions:
+        if not dropout and not output_attentions and offset is None:
             return dot_product_attention(query, key, value, mask), None
         weights = attention_weights(query, key, mask)
         dropped = nn.Dropout(self.dropout_rate, name="dropout")(weights, deterministic=not dropout)
+        dropped = dropped if offset is None else dropped + offset
         groups = query.shape[2] // key.shape[2]
         value = value if groups == 1 else jnp.repeat(value, groups, axis=2)
         mixed = jnp.einsum("bhlm,bmhd->blhd", dropped.astype(value.dtype), value, precision=exact(value))

@@ -31,12 +31,6 @@ class Cache:
     index: jax.Array | None = None
 
     @classmethod
-    def empty(cls, batch: int, slots: int, num_kv_heads: int, head_dim: int, *, dtype: Any = jnp.float32) -> Cache:
-        """An empty, growing buffer."""
-        shape = (batch, num_kv_heads, slots, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
-
-    @classmethod
     def constant(cls, key: Float[Array, "b m k d"], value: Float[Array, "b m k d"]) -> Cache:
         """A cache that does not grow."""
         return cls(key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))

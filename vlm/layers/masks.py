@@ -6,7 +6,7 @@ Every mask broadcasts to [B, H, L, M]; combine masks with `&`. `None` means that
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from vlm.layers.arrays import AnyArray
 
@@ -35,16 +35,3 @@ def causal_mask(query_length: int, key_length: int | None = None) -> Bool[Array,
     key_length = key_length or query_length
     rows = jnp.arange(query_length)[:, None] + (key_length - query_length)
     return (jnp.arange(key_length)[None, :] <= rows)[None, None]
-
-
-def cached_mask(positions: Int[AnyArray, "b l"], key_length: int) -> Bool[Array, "b 1 l m"]:
-    """Causal mask against a static cache buffer: a query in slot `p` sees cache slots 0 … p.
-
-    With a buffer of five slots and queries in slots 1 and 2:
-
-    ::
-
-        1 1 0 0 0
-        1 1 1 0 0
-    """
-    return (jnp.arange(key_length)[None, None, :] <= positions[:, :, None])[:, None]

@@ -61,8 +61,8 @@ def run(
 
 def _check_lengths(texts: Sequence[str], model: Any, processor: Any, asks: bool) -> None:
     """Evaluations cut questions, as published; here that would answer, or go on from, another text."""
-    tokenizer = getattr(processor, "tokenizer", None)
-    longest = getattr(processor, "max_length", None) if asks else getattr(model, "context_length", None)
+    tokenizer: Any = getattr(processor, "tokenizer", None)
+    longest: Any = getattr(processor, "max_length", None) if asks else getattr(model, "context_length", None)
     for text in texts if tokenizer is not None and longest is not None else ():
         count = len(tokenizer.encode(text)) + (2 if asks else 1)  # [CLS], of questions [SEP] too
         if count > longest:

@@ -13,15 +13,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vlm.errors import UserError
-from vlm.fusion.med import MedConfig, MedLayer
-from vlm.layers.arrays import AnyArray, along_last
-from vlm.layers.attention import Attention, attention_weights
+from vlm.fusion.med import MedLayer
+from vlm.layers.arrays import AnyArray
 from vlm.layers.masks import padding_mask
-from vlm.layers.mlp import MLP
-from vlm.layers.norms import LayerNorm
 from vlm.layers.transformer import LayerInput
 
 
@@ -102,42 +99,15 @@ def attended(model: Any, params: Any, image: jax.Array, tokens: jax.Array, mask:
         return jax.tree.map(lambda leaf: leaf[number], params["text"]["layers"])
 
     def score(offset: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        hidden, weights = _layer(config.text, layer_params(layer), start, visible, states, offset)
-        block = MedLayer(config.text, config.shared_decoder)
-        for number in range(layer + 1, config.text.num_layers):
+        run, hidden, seen = MedLayer(config.text, config.shared_decoder, output_attentions=True).apply, start, []
+        for number in range(layer, config.text.num_layers):
+            more = offset if number == layer else None
             one = {"params": layer_params(number)}
-            hidden, _ = block.apply(one, hidden, LayerInput(), visible, states)  # pyright: ignore
+            hidden, output = run(one, hidden, LayerInput(), visible, states, None, more)  # pyright: ignore
+            seen.append(output.cross_attention)
         logits = model.apply(variables, hidden[:, 0], method=lambda module, x: module.itm_head(x))
-        return logits[:, 1].sum(), (weights, logits)
+        return logits[:, 1].sum(), (seen[0], logits)
 
     shape = (len(tokens), config.text.num_heads, tokens.shape[1], states.shape[1])
     gradient, (weights, logits) = jax.grad(score, has_aux=True)(jnp.zeros(shape, states.dtype))
     return Attended(weights, gradient, logits)
-
-
-def _layer(
-    config: MedConfig, params: Any, hidden: jax.Array, visible: jax.Array, context: jax.Array, offset: jax.Array
-) -> tuple[Float[Array, "b l e"], Float[Array, "b h l m"]]:
-    """`MedLayer` with something added to its cross-attention, which it also returns."""
-    dtype, heads = jnp.dtype(config.dtype), config.num_heads
-
-    def norm(name: str, x: jax.Array) -> jax.Array:
-        return LayerNorm(config.norm_eps, dtype).apply({"params": params[name]}, x)  # pyright: ignore
-
-    def linear(name: str, x: jax.Array) -> jax.Array:
-        part = params["cross_attention"][name]
-        product = x.astype(dtype) @ part["kernel"].astype(dtype)
-        return product + along_last(part["bias"].astype(dtype), product)
-
-    attention = Attention(heads, config.head_dim, dtype=dtype)
-    branch = attention.apply({"params": params["attention"]}, hidden, visible)[0]  # pyright: ignore
-    hidden = norm("attention_norm", hidden + branch)
-    query, key, value = (
-        y.reshape(*y.shape[:2], heads, -1)
-        for y in (linear("query", hidden), linear("key", context), linear("value", context))
-    )
-    weights = attention_weights(query, key)
-    mixed = jnp.einsum("bhlm,bmhd->blhd", (weights + offset).astype(dtype), value)
-    hidden = norm("cross_attention_norm", hidden + linear("out", mixed.reshape(*mixed.shape[:2], -1)))
-    branch = MLP(config.mlp_dim, config.activation, dtype=dtype).apply({"params": params["mlp"]}, hidden)
-    return norm("mlp_norm", hidden + branch), weights  # pyright: ignore
