@@ -24,6 +24,15 @@ from vlm.hosts import add_host_flags, connect, may_end_alone
 from vlm.schema import Config
 
 
+UNREAD = {
+    "model": "the architecture is the checkpoint's",
+    "processor": "tokenizer and image settings are the checkpoint's",
+    "precision": "--dtype chooses in what is stored and computed",
+    **dict.fromkeys(("family", "loss", "data", "init", "optimizer", "remat", "train"), "only training reads it"),
+}
+"""Sections of the configuration that an evaluation does not depend on."""
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_line(__doc__ or "")

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import os
+import sys
+import types
 
 import pytest
 from tensorboardX import proto
@@ -57,6 +59,17 @@ def test_tensorboard_events(tmp_path):
 def test_wandb_without_the_extra(tmp_path):
     with pytest.raises(UserError, match=r"pip install 'vlm\[wandb\]'"):
         metrics.MetricsWriter(tmp_path, tensorboard=False, wandb="project")
+
+
+def test_wandb_goes_on_with_the_run_of_the_workdir(tmp_path, monkeypatch):
+    started = []
+    fake = types.SimpleNamespace(init=lambda **options: started.append(options))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name in ("a", "a", "b"):
+        (folder := tmp_path / name).mkdir(exist_ok=True)
+        metrics.MetricsWriter(folder, tensorboard=False, wandb="project").close()
+    ids = [options["id"] for options in started]
+    assert ids[0] == ids[1] != ids[2] and all(options["resume"] == "allow" for options in started)
 
 
 class Clock:

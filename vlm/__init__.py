@@ -1,4 +1,4 @@
-"""Vision-language pretraining in JAX: AltCLIP, BLIP, FLAVA, IDEFICS and ViP-LLaVA on one foundation.
+"""Vision-language pretraining in JAX: AltCLIP, BLIP and FLAVA on one foundation.
 
 Shapes in docstrings and annotations use one legend:
 

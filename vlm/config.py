@@ -57,9 +57,12 @@ def command_line(description: str) -> argparse.ArgumentParser:
 
 
 def parse_command(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, unread: Mapping[str, str] | None = None
 ) -> tuple[argparse.Namespace, ConfigDict | None]:
     """Parses a command line; the config is None when `--config` was not given.
+
+    Args:
+      unread: sections of the configuration that the command does not read, and why. To override them is an error.
 
     Raises:
       UserError: an unknown option, or anything `parse_config_flag` refuses.
@@ -70,6 +73,9 @@ def parse_command(
         if not re.match(r"--(no)?config\.", argument):
             known = [name for action in parser._actions for name in action.option_strings]
             raise UserError(f"unknown argument {argument}{did_you_mean(argument.split('=')[0], known)}")
+        flag, section = argument.split("=")[0], re.split(r"[.=\[]", argument)[1]
+        if section in (unread or {}):
+            raise UserError(f"{flag} would change nothing: {(unread or {})[section]}")
     if options.config is None:
         if overrides:
             raise UserError(f"{overrides[0]} needs --config=FILE")

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from vlm.flops import StepFlops
 from vlm.manifest import write_atomically
 
 METRICS = "metrics.jsonl"
+WANDB_ID = "wandb_id"
 
 
 class MetricsWriter:
@@ -89,7 +91,11 @@ def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) 
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("config.train.wandb needs the extra: pip install 'vlm[wandb]'") from None
-    return wandb.init(project=project, dir=str(workdir), config=dict(config or {}), resume="allow")
+    file = workdir / WANDB_ID  # a run that is started again goes on as the same one
+    if not file.exists():
+        write_atomically(file, secrets.token_hex(4).encode())
+    run = file.read_text().strip()
+    return wandb.init(project=project, dir=str(workdir), config=dict(config or {}), id=run, resume="allow")
 
 
 @dataclasses.dataclass

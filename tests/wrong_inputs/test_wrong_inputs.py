@@ -176,6 +176,13 @@ EVAL_MODEL = [  # with a configuration and a good checkpoint, of which the last 
     (["--outptu=a"], "did you mean '--output'"),
     (["--output={out}/a.txt"], "ends in .json"),
     (["--output={files}/names.txt/a.json"], "names.txt"),
+    (
+        ["--config.model.vision.num_heads=3"],
+        "--config.model.vision.num_heads would change nothing: the architecture is",
+    ),
+    (["--config.processor.max_length=1"], "--config.processor.max_length would change nothing: tokenizer and image"),
+    (["--config.precision.compute=bfloat16"], "would change nothing: --dtype chooses"),
+    (["--config.train.seed=3"], "--config.train.seed would change nothing: only training reads it"),
     (["--config.eval={{}}"], "eval"),
     (["--config.eval.pairs.kind=retrieve"], "did you mean 'retrieval'"),
     (["--config.eval.pairs.caption=1"], "caption"),

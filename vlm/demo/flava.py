@@ -66,7 +66,7 @@ class Story(NamedTuple):
 def train(story: Story, data_only: bool = False, overrides: Sequence[str] = ()) -> int:
     """Trains all six losses together and reports what is held out, beside the weights that training started from.
 
-    Returns 1 if a result misses its mark. `overrides` (`--config.…`) go to training and evaluation.
+    Returns 1 if a result misses its mark. `overrides` (`--config.…`) go to training, those of evaluations to eval.py too.
 
     Raises:
       UserError: this is not a checkout with train.py and eval.py, there are no scenes at `source`, or a step failed.
@@ -89,7 +89,8 @@ def train(story: Story, data_only: bool = False, overrides: Sequence[str] = ()) 
     steps.timed(seconds, "losses", lambda: found.update(_losses(story)))
     for name, checkpoint in (("random", story.path("_random")), ("trained", run)):
         results = steps.shown(story.path(f"_{name}_results.json"))
-        command = ["eval.py", config, f"--checkpoint={steps.shown(checkpoint)}", f"--output={results}", *overrides]
+        command = ["eval.py", config, f"--checkpoint={steps.shown(checkpoint)}", f"--output={results}"]
+        command += [override for override in overrides if override.startswith("--config.eval.")]
         line = steps.timed(seconds, f"evaluate {name}", lambda command=command: steps.python(command))
         found[name] |= json.loads(line.strip().splitlines()[-1])
     return _report(story, found, seconds)
