@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import Parser, UserError, exit_on_user_error
-from vlm.hosts import add_host_flags, connect
+from vlm.hosts import add_host_flags, connect, may_end_alone
 
 REPORT_SECONDS = 10.0
 
@@ -69,7 +69,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    with exit_on_user_error():
+    with may_end_alone(), exit_on_user_error():
         options = arguments().parse_args(argv)
         _check(options)
         result = run(options, *_share(options))

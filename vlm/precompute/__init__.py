@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 from vlm.config import build, command_line, parse_command
 from vlm.errors import UserError, exit_on_user_error
-from vlm.hosts import add_host_flags, connect
+from vlm.hosts import add_host_flags, connect, may_end_alone
 from vlm.schema import Config
 
 
@@ -44,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    with exit_on_user_error():
+    with may_end_alone(), exit_on_user_error():
         options, config = parse_command(arguments(), argv)
         if config is None:
             raise UserError("--config=FILE is missing; see --help")

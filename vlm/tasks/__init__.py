@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import Parser, UserError, did_you_mean, exit_on_user_error
-from vlm.hosts import add_host_flags, connect
+from vlm.hosts import add_host_flags, connect, may_end_alone
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlm.tasks import running, table
     from vlm.tasks.settings import read
 
-    with exit_on_user_error():
+    with may_end_alone(), exit_on_user_error():
         options = arguments().parse_args(argv)
         if not Path(options.checkpoint).exists():
             raise UserError(f"--checkpoint: no such file or folder: {options.checkpoint}")
