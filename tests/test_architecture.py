@@ -15,7 +15,7 @@ SOURCES = sorted(
 
 # A module may import from its own layer's group and from lower layers only. First match wins.
 LAYERS: list[tuple[str, int]] = [
-    (r"vlm|vlm\.(demo|predict|tasks|score|capfilt|precompute|plan|loading|initial|dry_run)(\..*)?", 7),
+    (r"vlm|vlm\.(demo|predict|tasks|score|capfilt|precompute|loading|initial|dry_run)(\..*)?", 7),
     (r"vlm\.(convert|checkpoint)\.__main__", 7),
     (r"(train|eval|configs)(\..*)?", 7),
     (r"vlm\.evaluation(\..*)?", 6),
@@ -52,9 +52,33 @@ def _imports(path: pathlib.Path, top_level_only: bool = False) -> set[str]:
     for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            package = _package(path)[: -node.level + 1 or None] if node.level else []
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return names
+
+
+def _package(path: pathlib.Path) -> list[str]:
+    """What one leading dot stands for in this file."""
+    return list(path.relative_to(ROOT).parent.parts)
+
+
+def test_relative_imports_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (path := tmp_path / "vlm" / "data" / "x.py").parent.mkdir(parents=True)
+    path.write_text(
+        "from .. import training\nfrom . import tar\nfrom .tar import Tar\nfrom ..models.blip import model\n"
+    )
+    expected = {"vlm.training", "vlm.data.tar", "vlm.data.tar.Tar", "vlm.models.blip", "vlm.models.blip.model"}
+    assert _imports(path) >= expected
+
+
+def test_layers_name_modules_that_there_are():
+    for pattern, _ in LAYERS:
+        for names in re.findall(r"\(([a-z_|]+)\)", pattern):
+            for name in names.split("|"):
+                assert any(re.fullmatch(rf"(vlm\.)?{name}(\..*)?", module) for module in _modules()), name
 
 
 def _modules() -> set[str]:
