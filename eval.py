@@ -23,6 +23,14 @@ from vlm.errors import UserError, exit_on_user_error
 from vlm.hosts import add_host_flags, connect, may_end_alone
 from vlm.schema import Config
 
+UNREAD = {
+    "model": "the architecture is the checkpoint's",
+    "processor": "tokenizer and image settings are the checkpoint's",
+    "precision": "--dtype chooses in what is stored and computed",
+    **dict.fromkeys(("family", "loss", "data", "init", "optimizer", "remat", "train"), "only training reads it"),
+}
+"""Sections of the configuration that an evaluation does not depend on."""
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
@@ -42,7 +50,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     with may_end_alone(), exit_on_user_error():
-        options, config = parse_command(arguments(), argv)
+        options, config = parse_command(arguments(), argv, UNREAD)
         if not options.checkpoint:
             raise UserError("--checkpoint=PATH is missing; see --help")
         if not Path(options.checkpoint).exists():
