@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,11 @@ def run(
 
 def _check_lengths(texts: Sequence[str], model: Any, processor: Any, asks: bool) -> None:
     """Evaluations cut questions, as published; here that would answer, or go on from, another text."""
-    tokenizer: Any = getattr(processor, "tokenizer", None)
-    longest: Any = getattr(processor, "max_length", None) if asks else getattr(model, "context_length", None)
-    for text in texts if tokenizer is not None and longest is not None else ():
-        count = len(tokenizer.encode(text)) + (2 if asks else 1)  # [CLS], of questions [SEP] too
+    if getattr(processor, "tokenizer", None) is None:
+        return
+    bound = getattr(processor, "max_length", None) if asks else getattr(model, "context_length", None)
+    longest = bound or math.inf
+    for text in texts:
+        count = len(processor.tokenizer.encode(text)) + (2 if asks else 1)  # [CLS], of questions [SEP] too
         if count > longest:
             raise UserError(f"--text: the model reads at most {longest} tokens, found {count}: {text[:40]}…")

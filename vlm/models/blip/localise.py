@@ -104,7 +104,7 @@ def attended(model: Any, params: Any, image: jax.Array, tokens: jax.Array, mask:
             more = offset if number == layer else None
             one = {"params": layer_params(number)}
             hidden, output = run(one, hidden, LayerInput(), visible, states, None, more)  # pyright: ignore
-            seen.append(output.cross_attention)
+            seen.append(output.cross_attention)  # pyright: ignore
         logits = model.apply(variables, hidden[:, 0], method=lambda module, x: module.itm_head(x))
         return logits[:, 1].sum(), (seen[0], logits)
 
