@@ -130,3 +130,9 @@ def test_dry_run(flag, capsys):
 def test_unknown_variants_are_named(variant):
     with pytest.raises(ValueError, match=f"unknown variant '{variant}'; choose from tiny, nlvr_tiny"):
         blip.get_config(variant)
+def test_a_dry_run_shows_what_the_objective_reads_of_absent_data(capsys):
+    assert train.main(["--config=configs/altclip.py:tiny_teacher,/nowhere", "--dry_run"]) == 0
+    arrays = capsys.readouterr().out.split("== one batch\n")[1].split("from the settings")[0]
+    assert [line.split()[0] for line in arrays.splitlines()[1:]] == ["mask", "teacher_mask", "teacher_tokens", "tokens"]
+
+

@@ -66,7 +66,7 @@ class Story(NamedTuple):
 def train(story: Story, data_only: bool = False, overrides: Sequence[str] = ()) -> int:
     """Trains all six losses together and reports what is held out, beside the weights that training started from.
 
-    Returns 1 if a result misses its mark. `overrides` (`--config.…`) go to training, those of evaluations to eval.py too.
+    Returns 1 if a result misses its mark. `overrides` (`--config.…`) go to training, those of `eval` to eval.py too.
 
     Raises:
       UserError: this is not a checkout with train.py and eval.py, there are no scenes at `source`, or a step failed.
