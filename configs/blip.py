@@ -43,6 +43,7 @@ contrastive candidates and hard negatives of a row come from its group, further 
 
 from ml_collections import ConfigDict
 
+from configs.blip_evaluations import EVALUATIONS
 from vlm.demo import nlvr, scenes
 
 VIT_B = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
@@ -126,7 +127,7 @@ RECIPES = {  # image size, batch, epochs, learning rate of base and large (paper
     "classification": (384, 256, 10, {"base": 2e-5, "large": 2e-5}),
     "dialog": (384, 240, 20, {"base": 2e-5}),
 }
-OBJECTIVES = {"nlvr": "classification", "dialog": "matching"}
+OBJECTIVES = {"nlvr": "classification"}
 
 
 def _finetune(size: str, task: str) -> ConfigDict:
@@ -169,42 +170,7 @@ SOURCES = {
     "vqa": tuple({"kind": "json", "path": f"data/vqa/{part}.json"} for part in ("vqa_train", "vqa_val", "vg_qa")),
     "nlvr": ({"kind": "json", "path": "data/nlvr2/nlvr_train.json"},),
     "classification": ({"kind": "jsonl", "path": "data/snli_ve/train.jsonl"},),
-    "dialog": ({"kind": "jsonl", "path": "data/visdial/train.jsonl"},),
-}
-
-
-def _retrieval(path: str, shortlist: int) -> dict:
-    """Published: both lists re-ranked down to `shortlist`; scores are matching logit plus cosine."""
-    data = {"kind": "json", "path": path}
-    return {"kind": "matching_retrieval", "data": data, "text": "caption", "shortlist": shortlist}
-
-
-EVALUATIONS = {  # what the paper reports; the expected numbers stand in the table on top
-    "retrieval_coco": {"coco": _retrieval("data/coco/coco_karpathy_test.json", 256)},
-    "retrieval_flickr": {"flickr": _retrieval("data/flickr30k/flickr30k_test.json", 128)},
-    "caption": {
-        "coco": {"kind": "captions", "data": {"kind": "json", "path": "data/coco/coco_karpathy_test.json"}},
-        # captions are not scored here: the file that is written goes to NoCaps' server, or to `python -m vlm.score`
-        "nocaps": {
-            "kind": "captions",
-            "data": {"kind": "json", "path": "data/nocaps/nocaps_val.json"},
-            "captions": None,
-            "preset": "nocaps",
-        },
-    },
-    "vqa": {  # the answers to test questions are known to the server alone
-        "vqa": {
-            "kind": "vqa",
-            "data": {"kind": "json", "path": "data/vqa/vqa_test.json"},
-            "answers": None,
-            "mode": "rank",
-            "answer_list": "data/vqa/answer_list.json",
-        }
-    },
-    "nlvr": {
-        part: {"kind": "nlvr2", "data": {"kind": "json", "path": f"data/nlvr2/nlvr_{part}.json"}}
-        for part in ("dev", "test")
-    },
+    "dialog": ({"kind": "visdial", "path": "data/visdial/visdial_1.0_train.json", "root": "data/coco"},),
 }
 
 
@@ -218,7 +184,7 @@ def _start(size: str, task: str, image_size: int, scale: tuple[float, float]) ->
     config = ConfigDict({"family": "blip", "model": {"vision": vision, **parts}})
     config.processor = {
         "tokenizer": "checkpoints/bert-base-uncased",
-        "task": "classification" if task == "dialog" else task,
+        "task": task,
         "image": {"size": image_size, "crop": None, "mode": "exact"},
         "augment": {"scale": scale, "flip": 0.5, "rand_augment": 2},
     }

@@ -19,6 +19,8 @@ from vlm.schema import Config
 from vlm.sharding import unbox
 from vlm.tree import flatten
 
+from .data.test_visdial import write as visdial
+
 blip = importlib.import_module("configs.blip")
 SMALL = ("tiny", "nlvr_tiny", "nlvr_caption", "nlvr_simple", "digits_caption", "digits_vqa")
 BLIP = [*SMALL, *blip.PUBLISHED]
@@ -112,10 +114,20 @@ def test_published_evaluations_open_the_published_files(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
         (path.parent / "x.png").write_bytes(png(np.zeros((2, 2, 3), np.uint8)))
+    (tmp_path / "data/visdial").mkdir()
+    for path, name in zip(visdial(tmp_path / "data/visdial", b"x"), ("val", "val_dense_annotations"), strict=True):
+        path.rename(path.with_name(f"visdial_1.0_{name}.json"))
+    clip = {"clip_name": "video1", "video": "video1", "caption": "a", "question": "what?", "answer": "yes"}
+    for name, content in (("msrvtt_test.jsonl", clip), ("test_qa.json", [clip]), ("answer_list.json", ["yes", "no"])):
+        (tmp_path / "data/msrvtt/frames/video1").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data/msrvtt" / name).write_text(json.dumps(content) + "\n")
+    (tmp_path / "data/msrvtt/frames/video1/001.png").write_bytes(png(np.zeros((2, 2, 3), np.uint8)))
     settings = {name: settings_of(f"configs/blip.py:{name}") for name in blip.PUBLISHED}
+    settings |= {name: settings_of(f"configs/blip_evaluations.py:{name}") for name in ("msrvtt", "msrvtt_qa")}
     monkeypatch.chdir(tmp_path)
+    assert len(evaluation.prepare(settings["msrvtt"].eval).evaluators["videos"][0].source[0]["image"]) == 8
     opened = {name: evaluation.prepare(each.eval).evaluators for name, each in settings.items()}
-    assert sum(map(len, opened.values())) == 2 * 7 and set(opened["base_caption"]) == {"coco", "nocaps"}
+    assert sum(map(len, opened.values())) == 2 * 7 + 3 and set(opened["base_caption"]) == {"coco", "nocaps"}
 
 
 @pytest.mark.parametrize("flag", ["configs/blip.py:base_retrieval_coco", "configs/blip.py:tiny,/nowhere"])
@@ -126,13 +138,13 @@ def test_dry_run(flag, capsys):
     assert "tokens" in report
 
 
-@pytest.mark.parametrize("variant", ["huge", "base_retrieval", "large_dialog"])
-def test_unknown_variants_are_named(variant):
-    with pytest.raises(ValueError, match=f"unknown variant '{variant}'; choose from tiny, nlvr_tiny"):
-        blip.get_config(variant)
 def test_a_dry_run_shows_what_the_objective_reads_of_absent_data(capsys):
     assert train.main(["--config=configs/altclip.py:tiny_teacher,/nowhere", "--dry_run"]) == 0
     arrays = capsys.readouterr().out.split("== one batch\n")[1].split("from the settings")[0]
     assert [line.split()[0] for line in arrays.splitlines()[1:]] == ["mask", "teacher_mask", "teacher_tokens", "tokens"]
 
 
+@pytest.mark.parametrize("variant", ["huge", "base_retrieval", "large_dialog"])
+def test_unknown_variants_are_named(variant):
+    with pytest.raises(ValueError, match=f"unknown variant '{variant}'; choose from tiny, nlvr_tiny"):
+        blip.get_config(variant)

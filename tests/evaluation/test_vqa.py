@@ -12,7 +12,8 @@ from vlm.errors import UserError
 from vlm.evaluation.answers import Ranker
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.metrics import files, vqa
-from vlm.generation import generate
+from vlm.evaluation.vqa import Vqa, VqaConfig
+from vlm.generation import GenerationConfig, generate
 
 ANSWERS = ("yes", "no", "two", "a five on the left", "five on the right", "twelve", "two digits", "the left")
 
@@ -129,6 +130,13 @@ def test_annotators_count_as_the_score_command_counts_them(scenes_folder, tmp_pa
     again = vqa.score(files.vqa_results(tmp_path / "results.json"), annotations, answer_ids=ids)
     assert result.metrics["accuracy"] == pytest.approx(again.accuracy / 100, abs=1e-6)
     assert result.metrics["accuracy"] == pytest.approx({"as_is": 0.05, "distinct": 1.0}[ids])
+
+
+def test_one_answer_is_right_or_wrong():
+    """MSRVTT-QA and others have no ten people's answers; VQA's formula asks for three others who agree."""
+    task = Vqa(VqaConfig({}), None, GenerationConfig(), [])
+    rows = [{"key": wanted, "answers": [wanted], "answer": "yes"} for wanted in ("Yes.", "no")]
+    assert task._score(rows)[0] == {"accuracy": 0.5} and [row["correct"] for row in rows] == [True, False]
 
 
 @pytest.mark.parametrize(

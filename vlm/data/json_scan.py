@@ -46,8 +46,10 @@ def read_document(path: str) -> bytes:
     return data
 
 
-def scan(data: bytes, path: str) -> Iterator[Element]:
+def scan(data: bytes, path: str, within: str | None = None) -> Iterator[Element]:
     """Yields the elements of a document that is a list, or an object of lists and other members.
+
+    Of the member `within`, if it is an object, the elements of its own members are.
 
     Raises:
         UserError: not JSON, or cut short; the line names `path` and the record.
@@ -57,7 +59,7 @@ def scan(data: bytes, path: str) -> Iterator[Element]:
     if text[at : at + 1] == "[":
         end = yield from _list(data, text, at, "", path)
     elif text[at : at + 1] == "{":
-        end = yield from _object(data, text, at, path)
+        end = yield from _object(data, text, at, path, within)
     else:
         raise UserError(f"{path}: not JSON (expected a list or an object)")
     end = _after(text, end)
@@ -65,7 +67,7 @@ def scan(data: bytes, path: str) -> Iterator[Element]:
         raise UserError(f"{path}: not JSON (more at character {end} after its end)")
 
 
-def _object(data: bytes, text: str, at: int, path: str) -> Generator[Element, None, int]:
+def _object(data: bytes, text: str, at: int, path: str, within: str | None = None) -> Generator[Element, None, int]:
     at = _after(text, at + 1)
     if text[at : at + 1] == "}":
         return at + 1
@@ -77,6 +79,8 @@ def _object(data: bytes, text: str, at: int, path: str) -> Generator[Element, No
         at = _after(text, at + 1)
         if text[at : at + 1] == "[":
             at = yield from _list(data, text, at, name, path)
+        elif text[at : at + 1] == "{" and name == within:
+            at = yield from _object(data, text, at, path)
         else:
             start = at
             value, at = _value(data, text, at, f"{path}: {name}")

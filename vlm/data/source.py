@@ -19,6 +19,7 @@ from vlm.data.parquet import ParquetSource
 from vlm.data.tar import TarSource
 from vlm.data.tfds import TfdsSource
 from vlm.data.tsv import TsvSource
+from vlm.data.visdial import VisDialSource
 from vlm.errors import UserError, did_you_mean
 
 KINDS = {
@@ -28,6 +29,7 @@ KINDS = {
     "json": JsonSource,
     "parquet": ParquetSource,
     "tsv": TsvSource,
+    "visdial": VisDialSource,
 }
 _PROBE = 16
 _TYPES: dict[str, tuple[type, ...]] = {

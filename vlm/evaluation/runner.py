@@ -18,6 +18,7 @@ from vlm.errors import UserError, did_you_mean
 from vlm.evaluation import results as files
 from vlm.evaluation.captions import Captions, CaptionsConfig
 from vlm.evaluation.classify import Classification, ClassificationConfig
+from vlm.evaluation.dialog import DialogConfig, VisualDialog
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.evaluator import Checks, Evaluator, Result
 from vlm.evaluation.extract import Extract, ExtractConfig
@@ -42,6 +43,7 @@ KINDS: dict[str, tuple[type, Any]] = {
     "nlvr2": (Nlvr2Config, Nlvr2),
     "classification": (ClassificationConfig, Classification),
     "losses": (LossesConfig, Losses),
+    "visual_dialog": (DialogConfig, VisualDialog),
 }
 REPORT_SECONDS = 10.0
 

@@ -14,7 +14,8 @@ from vlm.data.image import ImageSettings
 from vlm.data.loader import Loader
 from vlm.data.source import open_source
 from vlm.errors import UserError
-from vlm.models.blip.processor import LIMITS, Processor, ProcessorConfig
+from vlm.models.blip.processor import Processor, ProcessorConfig
+from vlm.models.blip.processor_config import LIMITS
 from vlm.strict import build
 from vlm.tokenizers import load
 
@@ -126,6 +127,8 @@ def test_examples_have_the_promised_shapes(tokenizer, task):
     example = {"image": png(), "text": "The dogs.", "question": "who?", "answer": "a cat", "label": 1, "image_id": 3}
     if task == "nlvr":
         example["image"] = [png(), png(picture("L"))]
+    if task == "dialog":
+        example |= {"caption": "two dogs", "history": [["who", "a man"]], "options": ["a cat", "dogs"], "answer": 1}
     for train in (True, False):
         row = processor.example(example, rng(), train)
         expected = Processor.rows(processor.config)

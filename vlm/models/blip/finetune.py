@@ -67,19 +67,26 @@ def classification(model: Any, params: Params, extra: Extra, batch: Batch, rng: 
 
 
 def matching(model: Any, params: Params, extra: Extra, batch: Batch, rng: jax.Array, config: Any) -> Step:
-    """Cross-entropy of the matching head with `labels` [B]: 1 where the text is right for the image.
+    """Cross-entropy of the matching head with `labels` [B]: 1 where the text is right for the image."""
+    del config
+    image_rng, text_rng = jax.random.split(rng)
+    states = apply(model, params, image_rng, model.encode_image_states, batch["image"]).last_hidden_state
+    return _matched(model, params, extra, batch, text_rng, states)
 
-    With `caption_tokens`, `caption_mask` in the batch the text also reads the caption's states (visual dialog).
-    """
+
+def dialog(model: Any, params: Params, extra: Extra, batch: Batch, rng: jax.Array, config: Any) -> Step:
+    """The same where texts also read the states of the image's caption: 1 where the last answer is right (VisDial)."""
     del config
     context_rng, text_rng = jax.random.split(rng)
-    mask = None
-    if "caption_tokens" in batch:
-        known = batch["image"], batch["caption_tokens"], batch["caption_mask"]
-        context, mask = apply(model, params, context_rng, model.encode_dialog, *known)
-    else:
-        context = apply(model, params, context_rng, model.encode_image_states, batch["image"]).last_hidden_state
-    logits = apply(model, params, text_rng, model.match, batch["tokens"], batch["mask"], context, mask)
+    known = batch["image"], batch["caption_tokens"], batch["caption_mask"]
+    context, mask = apply(model, params, context_rng, model.encode_dialog, *known)
+    return _matched(model, params, extra, batch, text_rng, context, mask)
+
+
+def _matched(
+    model: Any, params: Params, extra: Extra, batch: Batch, rng: jax.Array, context: jax.Array, mask: Any = None
+) -> Step:
+    logits = apply(model, params, rng, model.match, batch["tokens"], batch["mask"], context, mask)
     value, labels = cross_entropy(logits, batch["labels"]), batch["labels"]
     return value, ({"itm": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels)}, extra)
 

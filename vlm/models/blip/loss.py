@@ -12,7 +12,7 @@ from vlm.errors import UserError
 from vlm.family import Batch, Extra, Metrics, Params
 from vlm.layers.linear import partitioned
 from vlm.layers.norms import normalise
-from vlm.models.blip.finetune import caption, classification, matching, vqa
+from vlm.models.blip.finetune import caption, classification, dialog, matching, vqa
 from vlm.models.blip.model import BLIP
 from vlm.models.blip.momentum import copied
 from vlm.models.blip.pretrain import pretrain
@@ -28,8 +28,8 @@ class LossConfig:
 
     Attributes:
       objective: "pretrain" (contrastive + matching + language modelling), "retrieval" (contrastive + matching),
-        "caption", "vqa", "classification" (NLVR2 as well) or "matching" (texts labelled 1, right, or 0, wrong, for
-        their image; with the image's caption in the batch, visual dialog).
+        "caption", "vqa", "classification" (NLVR2 as well), "matching" (texts labelled 1, right, or 0, wrong, for
+        their image) or "dialog" (so are answers, for the image, its caption and the dialog so far).
       label_smoothing: share of every decoder target that is spread over the vocabulary.
       queue_size: teacher features that are kept as further candidates of the contrastive loss.
       momentum: of the teacher, per batch.
@@ -40,7 +40,7 @@ class LossConfig:
       distill: classification towards the teacher's distribution too.
     """
 
-    objective: Literal["pretrain", "retrieval", "caption", "vqa", "classification", "matching"] = "pretrain"
+    objective: Literal["pretrain", "retrieval", "caption", "vqa", "classification", "matching", "dialog"] = "pretrain"
     label_smoothing: float = 0.1
     queue_size: int = 57600
     momentum: float = 0.995
@@ -62,6 +62,7 @@ class LossConfig:
             "vqa": (joint, heads, "classifier/.*"),
             "classification": (joint, heads, decoder),
             "matching": (joint, decoder, "classifier/.*"),
+            "dialog": (joint, decoder, "classifier/.*"),
         }
         return "|".join((*unused[self.objective], "logit_scale"))
 
@@ -91,6 +92,7 @@ REQUIRED = {
     "vqa": ("image", "tokens", "mask", "answer_tokens", "answer_mask", "answer_weights"),
     "classification": ("image", "tokens", "mask", "labels"),
     "matching": ("image", "tokens", "mask", "labels"),
+    "dialog": ("image", "caption_tokens", "caption_mask", "tokens", "mask", "labels"),
 }
 """What a batch must hold for each objective."""
 
@@ -101,6 +103,7 @@ OBJECTIVES: dict[str, Any] = {
     "vqa": vqa,
     "classification": classification,
     "matching": matching,
+    "dialog": dialog,
 }
 
 

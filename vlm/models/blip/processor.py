@@ -11,14 +11,15 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from vlm.data.augment import AugmentSettings, augment
+from vlm.data.augment import augment
 from vlm.data.image import ImageInput, ImageSettings, open_image, process
 from vlm.data.image_config import read_image_config, write_image_config
 from vlm.data.masking import IGNORE
 from vlm.data.text import clean_caption, clean_question, one_text, swap_sides
 from vlm.errors import UserError
 from vlm.manifest import write_atomically
-from vlm.models.blip import targets
+from vlm.models.blip import dialog, targets
+from vlm.models.blip.processor_config import ProcessorConfig, Task
 from vlm.strict import build
 from vlm.tokenizers import Tokenizer, load
 from vlm.tokenizers.files import read_json, read_json_if_present
@@ -27,69 +28,15 @@ from vlm.tokenizers.tokenizer_json import LibraryTokenizer
 
 DEC, ENC = "[DEC]", "[ENC]"
 """Start of the decoder and of the image-grounded encoder; 30522 and 30523 after the English uncased vocabulary."""
-Task = Literal["pretrain", "retrieval", "caption", "vqa", "nlvr", "classification"]
-LIMITS: dict[str, tuple[int, int]] = {
-    "pretrain": (30, 30), "retrieval": (35, 30), "caption": (40, 30),
-    "vqa": (35, 50), "nlvr": (64, 40), "classification": (64, 40),
-}  # fmt: skip
-"""By task: tokens of a row, special ones included, and words of a cleaned text. The authors never cut NLVR2's 40 words;
-rows of one length hold 64 tokens of them."""
 _SETTINGS_FILE = "vlm_processor.json"
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _STORED = ("task", "max_words", "clean", "prompt", "max_answers", "answer_length", "single_answer_weight")
+_STORED += ("caption_length",)
 _TASKS_OF_CLASSES: dict[str, Task] = {
     "BlipForConditionalGeneration": "caption",
     "BlipForQuestionAnswering": "vqa",
     "BlipForImageTextRetrieval": "retrieval",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessorConfig:
-    """The processor's section of a configuration.
-
-    Attributes:
-        tokenizer: folder or file of a BERT vocabulary that `vlm.tokenizers.load` reads; None: not needed.
-        task: what examples are made for (see `Processor.example`).
-        image: how pictures become arrays; BLIP squashes them to a square (VQA: 480).
-        augment: random variation of pictures in training; None: pictures as in evaluation. The published one is
-            {"scale": (0.5, 1.0), "flip": 0.5, "rand_augment": 2}, in pretraining with scale (0.2, 1.0).
-        max_length, max_words: length of token rows and words of a cleaned text; None: the task's (`LIMITS`).
-        clean: lower-case texts without certain marks (`data/text.py`), as the authors train and evaluate. Hugging
-            Face's processors do not; neither do processors read from their folders.
-        prompt: what captions begin with in training; no loss falls on it.
-        max_answers, answer_length: different answers kept of a question, the most frequent ones, and tokens of each.
-        single_answer_weight: of an answer that is a string, as Visual Genome's, not a list of several people's.
-        normalise: False makes training examples with uint8 pictures, that the training step normalises on the device.
-    """
-
-    tokenizer: str | None = None
-    task: Task = "pretrain"
-    image: ImageSettings = dataclasses.field(default_factory=lambda: ImageSettings(384, None, mode="exact"))
-    augment: AugmentSettings | None = None
-    max_length: int | None = None
-    max_words: int | None = None
-    clean: bool = True
-    prompt: str = "a picture of "
-    max_answers: int = 10
-    answer_length: int = 16
-    single_answer_weight: float = 0.2
-    normalise: bool = True
-
-    def __post_init__(self) -> None:
-        if self.task not in LIMITS:
-            raise UserError(f"task: expected one of {', '.join(LIMITS)}, found {self.task!r}")
-        for name, least in (("max_length", 3), ("max_words", 1), ("max_answers", 1), ("answer_length", 3)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise UserError(f"{name}: expected a whole number of at least {least}, found {value!r}")
-        if not self.single_answer_weight > 0:
-            raise UserError(f"single_answer_weight: expected a positive number, found {self.single_answer_weight}")
-
-    @property
-    def length(self) -> int:
-        """Tokens of a row."""
-        return self.max_length if self.max_length is not None else LIMITS[self.task][0]
 
 
 class Processor:
@@ -131,7 +78,10 @@ class Processor:
         if config.task == "vqa":
             rows |= {"answer_tokens": (answers, "int32"), "answer_mask": (answers, "bool")}
             rows["answer_weights"] = (answers[:1], "float32")
-        if config.task in ("caption", "nlvr", "classification"):
+        if config.task == "dialog":
+            caption = (config.caption_length,)
+            rows |= {"caption_tokens": (caption, "int32"), "caption_mask": (caption, "bool")}
+        if config.task in ("caption", "nlvr", "classification", "dialog"):
             rows["labels"] = (length if config.task == "caption" else (), "int32")
         return rows
 
@@ -189,7 +139,7 @@ class Processor:
             example: `image` (encoded bytes, or a list of them); `text` (a string, or several of which training draws
                 one and evaluation takes the first), for "vqa" `question`; and by task `image_number` or `image_id`
                 (numbers; see `JsonSource(number=...)`), `answer` (a list of people's answers, or one string), `label`
-                (a number; True and False, also as words, are 1 and 0).
+                (a number; True and False, also as words, are 1 and 0); for "dialog" see `vlm.data.visdial`.
             rng: decides on crops, colours, captions, and the order of pairs.
             train: whether to draw and vary at all.
 
@@ -200,13 +150,20 @@ class Processor:
             vqa: `answer_tokens` int32[A, M], `answer_mask` bool[A, M], `answer_weights` float32[A]: shares of the
             people who gave each answer. Rows beyond the answers hold [CLS] alone and weigh 0;
             nlvr: `labels` int32[]; in training half of the pairs change places, and "left" and "right" with them;
-            classification: `labels` int32[].
+            classification: `labels` int32[];
+            dialog: `tokens` of the rounds so far, the question and one answer, the right one (`labels` int32[] 1) or in
+            half of the training examples a wrong one (0); `caption_tokens` int32[C], `caption_mask` bool[C].
 
         Raises:
             UserError: the example lacks what the task needs, or holds something unusable.
         """
         task, name = self.config.task, f"example {example['key']}" if "key" in example else "example"
         draw, row = rng if train else None, {}
+        if task == "dialog":
+            option, right = dialog.draw(example, draw, name)
+            row = {key: x[0] if key in ("tokens", "mask") else x for key, x in self.dialog(example, (option,)).items()}
+            row |= {"image": self._images(example.get("image"), f"{name}: image", draw, stored=True)}
+            return row | {"labels": np.asarray(right, np.int32)}
         image, text = example.get("image"), self._text(example, draw, name)
         if task == "nlvr":
             if not isinstance(image, (list, tuple)) or len(image) != 2:
@@ -221,6 +178,24 @@ class Processor:
         if not row:
             raise UserError(f"{name}: expected image, text or question, found {', '.join(example) or 'nothing'}")
         return row | self._targets(example, row, name, train)
+
+    def dialog(self, example: Mapping[str, Any], options: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """The texts of one round of a visual dialog, for every candidate answer, or for those at some places.
+
+        Args:
+            example: see `vlm.data.visdial`.
+
+        Returns:
+            `tokens` int32[A, max_length], `mask` bool[A, max_length]; `caption_tokens` int32[C], `caption_mask`
+            bool[C].
+
+        Raises:
+            UserError: the example has no caption, question or candidates.
+        """
+        name = f"example {example.get('key')!r}"
+        found = dialog.rows(example, options, self._tokenizer(), self._cleaned, self.max_length, name)
+        caption = self._encode(self._cleaned(one_text(example.get("caption"), None, name)), self.config.caption_length)
+        return found | {f"caption_{key}": value for key, value in caption.items()}
 
     def _text(self, example: Mapping[str, Any], rng: np.random.Generator | None, name: str) -> str | None:
         field = "question" if self.config.task == "vqa" and example.get("question") is not None else "text"
@@ -254,7 +229,7 @@ class Processor:
     def _cleaned(self, text: str) -> str:
         if not self.config.clean:
             return text
-        words = self.config.max_words or LIMITS[self.config.task][1]
+        words = self.config.words
         return clean_question(text, words) if self.config.task == "vqa" else clean_caption(text, words)
 
     def _open_ended(self, tokens: np.ndarray, mask: np.ndarray, padding: str) -> dict[str, np.ndarray]:
