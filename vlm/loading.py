@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vlm.convert.hf_json import replaced
 from vlm.convert.layouts import detect
 from vlm.convert.rules import Rule, import_tensors
 from vlm.convert.torch_file import open_tensors
@@ -91,7 +92,7 @@ def load(
         rules: logical axis -> mesh axes; default: `ShardingConfig`'s.
         dtype: "bfloat16" or "float32": stores the parameters and computes in it. Default: parameters as stored.
         verify: "full" compares the SHA-256 of every file of a model folder, "fast" only sizes.
-        overrides: architecture values to change, e.g. {"vision.activation": "gelu"} (foreign checkpoints only).
+        overrides: architecture values to change: {"vision.activation": "gelu"} (foreign only), {"video": "average"}.
             "vision.image_size" resizes the position table (bicubic), of any checkpoint but a training run.
         ema: the averaged parameters of a training run.
 
@@ -197,9 +198,10 @@ def open_model(path: str | Path, *, verify: Verify = "full", overrides: Mapping[
     overrides = dict(overrides or {})
     size = overrides.pop("vision.image_size", None)
     if is_run or "format_version" in config:
-        if overrides or (is_run and size is not None):
-            raise UserError("overrides change how a foreign checkpoint is read; this is one of vlm's own")
+        if is_run and size is not None:
+            raise UserError("vision.image_size: this is a training run; convert it first")
         opened = _open_run(path) if is_run else _open_folder(path, config, verify)
+        opened = dataclasses.replace(opened, config=replaced(opened.config, overrides, opened.family.weights))
     else:
         opened = _open_foreign(path, config, overrides)
     return opened if size is None else _resized(opened, size)
@@ -314,8 +316,7 @@ def _open_run(path: Path) -> OpenModel:
 
     settings, shapes = abstract_params(path)
     family = get_family(str(settings.get("family")))
-    inherited = {"dtype": settings["precision"]["compute"]}
-    architecture = build(family.config_type, settings["model"], "model", inherited)
+    architecture = build(family.config_type, settings["model"], "model", {"dtype": settings["precision"]["compute"]})
     workdir = _workdir(path)
     assert workdir is not None
 
@@ -330,8 +331,7 @@ def _open_run(path: Path) -> OpenModel:
 def _open_foreign(path: Path, config: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> OpenModel:
     tensors = open_tensors(path)
     families = [get_family(name) for name in FAMILIES]
-    kind = config.get("model_type")
-    chosen = [family for family in families if kind in family.weights.HF_MODEL_TYPES]
+    chosen = [family for family in families if config.get("model_type") in family.weights.HF_MODEL_TYPES]
     fitting = [f for f in chosen or families if any(layout.fits(tensors) for layout in f.weights.LAYOUTS)]
     if not fitting:  # raises
         detect([layout for family in families for layout in family.weights.LAYOUTS], tensors, str(path))
@@ -344,7 +344,10 @@ def _open_foreign(path: Path, config: Mapping[str, Any], overrides: Mapping[str,
         overrides=overrides,
     )
     folder = path if path.is_dir() else path.parent
-    details = (imported.config, imported.params, folder, imported.layout, imported.notes)
+    architecture = imported.config
+    if hasattr(family.weights, "with_tokenizer"):  # it may know ids that the weights' own files do not tell
+        architecture = family.weights.with_tokenizer(architecture, folder, config, overrides or {})
+    details = (architecture, imported.params, folder, imported.layout, imported.notes)
     return OpenModel(family, *details, extra=imported.extra)
 
 

@@ -218,6 +218,49 @@ def test_transformers_files_are_recognised_with_and_without_config(ours, tmp_pat
     assert not (tmp_path / "bare" / "extra.safetensors").exists() and open_extra(tmp_path / "bare") is None
 
 
+def test_a_model_of_ones_own_reads_videos(ours, tmp_path):
+    main([str(ours), str(tmp_path / "video"), "--override=video=concatenate"])
+    stored = json.loads((tmp_path / "video" / "config.json").read_text())["model"]
+    before = json.loads((ours / "config.json").read_text())["model"]
+    assert stored.pop("video") == "concatenate" and before.pop("video") == "none" and stored == before
+    assert (tmp_path / "video" / "params.safetensors").read_bytes() == (ours / "params.safetensors").read_bytes()
+    assert vlm.load(ours, overrides={"video": "average", "encoder_token": "cls"})[0].config.encoder_token == "cls"
+
+
+def vocabulary(folder, cls):
+    words = [f"w{number}" for number in range(22)]
+    for place, token in ((0, "[PAD]"), (cls, "[CLS]"), (cls + 1, "[SEP]"), (21, "[UNK]"), (20, "[MASK]")):
+        words[place] = token
+    (folder / "vocab.txt").write_text("\n".join(words))
+
+
+def test_ids_are_those_of_the_tokenizer_beside_the_weights(source, tmp_path, capsys):
+    """[DEC] and [ENC] follow the 22 words; what transformers has no key for is kept beside its own."""
+    shutil.copy(source, tmp_path / "model_base.pth")
+    vocabulary(tmp_path, 4)
+    ids = ("--override=bos_id=22", "--override=enc_id=23")
+    main([str(tmp_path / "model_base.pth"), str(tmp_path / "ours"), "--task=caption", *HEADS, *ids])
+    kept = {"cls_id": 4, "sep_id": 5, "bos_id": 22, "enc_id": 23}
+    assert kept.items() <= json.loads((tmp_path / "ours" / "config.json").read_text())["model"].items()
+    main([str(tmp_path / "ours"), str(tmp_path / "hf"), "--to=hf"])
+    text = json.loads((tmp_path / "hf" / "config.json").read_text())["text_config"]
+    assert [text[f"{name}_token_id"] for name in ("cls", "sep", "bos", "enc")] == [4, 5, 22, 23]
+    for name in ("hf", "bare"):
+        if name == "bare":  # no tokenizer: the keys tell
+            (tmp_path / "bare").mkdir()
+            for file in ("config.json", "model.safetensors"):
+                shutil.copy(tmp_path / "hf" / file, tmp_path / "bare")
+        assert kept.items() <= dataclasses.asdict(open_model(tmp_path / name).config).items()
+    transformers.BlipForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    capsys.readouterr()
+    vocabulary(tmp_path / "bare", 6)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "bare"), str(tmp_path / "new")])
+    error = capsys.readouterr().err
+    assert "sep_token_id: expected 7, as the tokenizer beside it has" in error and error.count("\n") == 1
+    assert open_model(tmp_path / "bare", overrides={"sep_id": 5, "cls_id": 4}).config.sep_id == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -227,6 +270,11 @@ def test_transformers_files_are_recognised_with_and_without_config(ours, tmp_pat
         (("--task=captions",), "expected one of caption, retrieval"),
         (("--task=classification",), "--labels"),
         (("--random",), "no effect without --task"),
+        (("--labels=0",), "--labels has no effect without --task"),
+        (("--task=classification", "--labels=0", "--random"), "--labels: expected a number of at least 1, found 0"),
+        (("--task=vqa", "--labels=3"), "--labels has no effect with --task=vqa"),
+        (("--override=video=concat",), "model.video: expected one of 'none', 'concatenate', 'average', found 'concat'"),
+        (("--override=itm=False",), "only of a foreign checkpoint; this is one of vlm's own (allowed: video, encoder"),
         (("--image-size=9",), "multiple of patch_size=4"),
         (("--drop=temperature",), "no effect with --to=vlm"),
     ],

@@ -111,14 +111,18 @@ def convert(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuses options that would have no effect."""
-    for name, needed in (("random", "task"), ("labels", "task")):
-        if getattr(options, name) and getattr(options, needed) is None:
-            raise UserError(f"--{name} has no effect without --{needed}")
+    for name, given in (("random", options.random), ("labels", options.labels is not None)):
+        if given and options.task is None:
+            raise UserError(f"--{name} has no effect without --task")
+    for name, least in (("labels", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and not least <= value < 2**32:
+            raise UserError(f"--{name}: expected a number of at least {least}, found {value}")
+    if options.labels is not None and options.task != "classification":
+        raise UserError(f"--labels has no effect with --task={options.task}")
     if options.seed is not None and not (options.text or options.random):
         raise UserError("--seed has no effect without --text or --random")
     options.seed = options.seed or 0
-    if options.seed < 0:
-        raise UserError(f"--seed: expected a number of at least 0, found {options.seed}")
     if options.drop and options.to == "vlm":
         raise UserError("--drop has no effect with --to=vlm")
 

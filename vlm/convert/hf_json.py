@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm.errors import UserError
+from vlm.strict import build, plain
 
 Json = Mapping[str, Any]
+T = TypeVar("T")
 
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu"}
 _ACTIVATIONS |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -96,3 +98,19 @@ def override(parts: dict[str, Any], overrides: Json) -> None:
         if section and not isinstance(parts.get(section), dict):
             raise UserError(f"override {name}: this checkpoint has no {section!r} section")
         (parts[section] if section else parts)[field] = value
+
+
+def replaced(config: T, overrides: Json, weights: Any) -> T:
+    """The architecture of a checkpoint of vlm's own with other values of fields that decide on no parameter.
+
+    Args:
+        weights: the family's module of tables; its FREE, if it has some, names those fields.
+
+    Raises:
+        UserError: another field, or a value that is none of its type.
+    """
+    free = getattr(weights, "FREE", ())
+    if bound := [name for name in overrides if name not in free]:
+        allowed = f" (allowed: {', '.join(free)})" if free else ""
+        raise UserError(f"override {bound[0]}: only of a foreign checkpoint; this is one of vlm's own{allowed}")
+    return build(type(config), plain(config) | dict(overrides), "model") if overrides else config

@@ -270,7 +270,7 @@ FAMILIES = ("pretraining", "retrieval", "captioning", "question answering", "NLV
 def test_the_authors_files_are_read_and_written_back(families, name, tmp_path):
     torch.save({"model": families[name], "epoch": 3, "config": {"image_size": 384}}, tmp_path / "model.pth")
     imported = read(open_tensors(tmp_path / "model.pth"))
-    assert imported.layout == f"BLIP for {name} (.pth)" and len(imported.notes) == 1
+    assert imported.layout == f"BLIP for {name} (.pth)" and imported.notes == []
     assert imported.config.vision.norm_eps == 1e-6 and imported.config.encoder_token == "enc"
     write_pth(tmp_path / "again.pth", weights.write_original(imported.config, imported.params, imported.extra))
     written = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
@@ -497,6 +497,9 @@ def test_heads_of_a_pth_file():
     notes: list[str] = []
     built = architecture(None, stubs(768), notes, hf=False, overrides={})
     assert built.decoder.num_heads == 12 and "heads of 64 assumed" in notes[0]
+    given: list[str] = []
+    architecture(None, stubs(768), given, hf=False, overrides={"vision.num_heads": 8, "decoder.num_heads": 8})
+    assert given == []
     assert built.vision.image_size == 384 and built.vision.patch_size == 16 and built.vision.norm_eps == 1e-6
     with pytest.raises(UserError, match=r"decoder: nothing tells .* width 80.*--override=decoder\.num_heads=N"):
         architecture(None, stubs(80), notes, hf=False, overrides={})

@@ -7,8 +7,10 @@ files with the wrong number are in circulation.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vlm.convert.hf_json import Json, activation, check_numbers, mapping, override, square
@@ -18,6 +20,7 @@ from vlm.errors import UserError
 from vlm.fusion.med import MedConfig
 from vlm.models.blip.config import BLIPConfig
 from vlm.strict import build
+from vlm.tokenizers.loading import FILE_NAMES, load
 
 Views = Mapping[str, TensorView]
 
@@ -44,7 +47,11 @@ TEXT = {
     "bos_token_id": 30522,
     "pad_token_id": 0,
     "sep_token_id": 102,
+    "cls_token_id": 101,
+    "enc_token_id": 30523,
 }
+IDS = {"bos_token_id": "bos_id", "sep_token_id": "sep_id", "cls_token_id": "cls_id", "enc_token_id": "enc_id"}
+"""Names of the model's own tokens in a text_config; transformers knows the first two and keeps the others."""
 TOWERS = {"vision": ("blip_vision_model", "vit", "deit"), "text": ("blip_text_model", "bert")}
 """`model_type` of towers that are saved alone."""
 HEAD_DIM = 64
@@ -72,9 +79,11 @@ def architecture(
             an override that does not exist.
     """
     config = config or {}
+    guessed = any(_has(views, name) and f"{name}.num_heads" not in overrides for name in ("vision", "text", "decoder"))
     if hf and not config:
-        notes.append("no config.json: sizes from the tensors, heads of 64 and transformers' default epsilons assumed")
-    if not hf and not config:
+        heads = "heads of 64 and " if guessed else ""
+        notes.append(f"no config.json: sizes from the tensors, {heads}transformers' default epsilons assumed")
+    if not hf and not config and guessed:
         notes.append(".pth files do not store the number of attention heads: heads of 64 assumed (--override)")
     text, vision = _section(config, "text"), _section(config, "vision")
     parts: dict[str, Any] = {"vision": None, "text": None, "decoder": None}
@@ -84,7 +93,7 @@ def architecture(
         if _has(views, name):
             parts[name] = _stack(text, name, views, notes, hf, overrides)
     parts |= _parts(views, config, hf)
-    for key, field in (("bos_token_id", "bos_id"), ("sep_token_id", "sep_id"), ("pad_token_id", "pad_id")):
+    for key, field in (IDS | {"pad_token_id": "pad_id"}).items():
         parts[field] = TEXT[key] if text.get(key) is None else text[key]
     override(parts, overrides)
     for name, kind in (("vision", ViTConfig), ("text", MedConfig), ("decoder", MedConfig)):
@@ -92,6 +101,31 @@ def architecture(
             check_numbers(parts[name], f"model.{name}")
             parts[name] = build(kind, parts[name], f"model.{name}")
     return build(BLIPConfig, parts, "model")
+
+
+def with_tokenizer(config: BLIPConfig, folder: Path, given: Json, overrides: Json) -> BLIPConfig:
+    """The architecture with the ids of [CLS], [SEP], [DEC] and [ENC] that the tokenizer in a folder has, if one is.
+
+    Only transformers' files tell the ids beside it, and by default not all.
+
+    Args:
+        given: the parsed config.json; overrides: what the user says, which counts in any case.
+
+    Raises:
+        UserError: config.json and tokenizer say different ids.
+    """
+    if config.text is None and config.decoder is None or not any((folder / name).is_file() for name in FILE_NAMES):
+        return config
+    tokenizer = load(folder)
+    found = {"cls_id": tokenizer.bos_id, "sep_id": tokenizer.eos_id}
+    found |= {"bos_id": tokenizer.token_id("[DEC]"), "enc_id": tokenizer.token_id("[ENC]")}
+    found = {name: number for name, number in found.items() if number is not None and name not in overrides}
+    section = _section(given, "text")
+    for key, name in IDS.items():
+        if name in found and section.get(key) not in (None, found[name]):
+            expected = f"expected {found[name]}, as the tokenizer beside it has, or --override={name}=N"
+            raise UserError(f"{folder}/config.json: {key}: {expected}; found {section[key]}")
+    return dataclasses.replace(config, **found)
 
 
 def _has(views: Views, part: str) -> bool:

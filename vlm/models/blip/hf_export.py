@@ -48,7 +48,7 @@ def _check_answering(config: BLIPConfig) -> None:
     """BlipForQuestionAnswering makes both text stacks from one config, reading states of the image's width."""
     text, decoder = config.text, config.decoder
     assert text is not None and decoder is not None
-    ours, theirs = (dataclasses.asdict(dataclasses.replace(stack, context_size=0)) for stack in (text, decoder))
+    ours, theirs = (dataclasses.asdict(dataclasses.replace(stack, context_size=None)) for stack in (text, decoder))
     different = [name for name in ours if ours[name] != theirs[name]]
     if config.vision is not None and text.hidden_size != config.vision.hidden_size:
         widths = f"image {config.vision.hidden_size}, text {text.hidden_size}"
@@ -105,6 +105,8 @@ def _text(config: BLIPConfig) -> dict[str, Any]:
         "eos_token_id": 2,
         "pad_token_id": text.pad_id,
         "sep_token_id": config.sep_id,
+        "cls_token_id": config.cls_id,  # this and the next: for our own reader alone
+        "enc_token_id": config.enc_id,
         "is_decoder": True,
         "tie_word_embeddings": config.tied_lm_head,
     }

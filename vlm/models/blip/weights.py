@@ -21,17 +21,20 @@ from vlm.convert.transforms import INT32, SCALAR, TRANSPOSE, leading_ones, then
 from vlm.convert.views import TensorView
 from vlm.errors import UserError
 from vlm.models.blip.config import BLIPConfig
-from vlm.models.blip.hf_config import architecture
+from vlm.models.blip.hf_config import architecture, with_tokenizer
 from vlm.models.blip.hf_export import hf_class, left_out, to_hf
 from vlm.models.blip.start import assemble
 from vlm.models.blip.transfer import TASKS, to_task
 
 __all__ = ["EXTRA", "HF_MODEL_TYPES", "LAYOUTS", "TASKS", "Imported", "assemble", "max_tokens", "read", "to_task"]
-__all__ += ["without"]
+__all__ += ["with_tokenizer", "without"]
 
 HF_MODEL_TYPES = ("blip", "blip_vision_model", "blip_text_model", "vit", "deit")
 EXTRA = ("teacher", "image_queue", "text_queue", "queue_index", "id_queue")
 """What a model folder keeps of a training state beside the parameters."""
+
+FREE = ("video", "encoder_token")
+"""Fields of the architecture that decide on no parameter: they may be changed of any checkpoint."""
 
 Shapes = Callable[[BLIPConfig], Mapping[str, Any]]
 Views = Mapping[str, TensorView]
