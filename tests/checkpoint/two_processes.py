@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import time
 
 port, index, folder = sys.argv[1:]
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -134,10 +135,19 @@ expected = jax.jit(lambda a: jnp.all(a == KERNEL * 2))(params["kernel"])
 assert bool(expected)
 print("fine", flush=True)
 
-# The second process fails alone, after a save, while the first waits for it: both end, and the save is kept.
+# The second process fails alone, after a save, and asks the first for nothing: both end, and the save is kept.
 hosts.PATIENCE = 0.5
-with hosts.may_end_alone(), exit_on_user_error(), checkpoints:
-    checkpoints.save(6, make(6), {"position": 6}, "hash")
-    if index == "1":
-        raise UserError("only this one failed")
-    any_process(False)
+closed = pathlib.Path(folder).parent / "closed"
+with hosts.may_end_alone(), exit_on_user_error():
+    try:
+        with checkpoints:
+            checkpoints.save(6, make(6), {"position": 6}, "hash")
+            if index == "1":
+                raise UserError("only this one failed")
+            deadline = time.monotonic() + 10
+            while not closed.exists():
+                assert time.monotonic() < deadline, "the other one waits"
+                time.sleep(0.02)
+            any_process(False)
+    finally:
+        closed.touch()
