@@ -2,11 +2,11 @@
 
     python -m benchmarks.parity [altclip] [blip] [flava]
 
-AltCLIP of 864 million parameters, BLIP's ViT-L captioner and matcher of 470 million, FLAVA of 358 million with
-its pretraining heads. Every weight is random, norms and biases included. Each is saved by `transformers`, read by `vlm.load`, and
-run once by both, compiled as train.py compiles. Prints one JSON line per model: the largest absolute difference of
-each output, and the largest magnitude it has. The tests do the same with small models. Takes 12 GB of memory and as
-much of the disk as the largest file (3.5 GB), under the folder of temporary files.
+AltCLIP of 864 million parameters, BLIP's ViT-L captioner and matcher of 446 million, FLAVA of 358 million with its
+pretraining heads. Every weight is random, norms and biases included. Each is saved by `transformers`, read by
+`vlm.load`, and run once by both, compiled as train.py compiles. Prints one JSON line per model: the largest absolute
+difference of each output, and the largest magnitude it has. The tests do the same with small models. Takes 12 GB of
+memory and as much of the disk as the largest file (3.5 GB), under the folder of temporary files.
 """
 
 from __future__ import annotations
