@@ -43,6 +43,15 @@ def test_the_report_marks_what_is_too_low():
     assert "together 3" in demo.report(metrics, {"data": 1.0, "clip": 2.4})
 
 
+@pytest.mark.parametrize(("english", "status"), [(0.951, 0), (0.949, 1)])
+def test_the_exit_status_follows_the_marks(tmp_path, monkeypatch, english, status):
+    metrics = {f"zero_shot_{code}/top1": 0.9 for code in LANGUAGES} | {"zero_shot_en/top1": english}
+    monkeypatch.setattr(demo, "_prepare", lambda output: None)
+    monkeypatch.setattr(steps, "check_checkout", lambda: None)
+    monkeypatch.setattr(steps, "python", lambda command: json.dumps(metrics))
+    assert demo.run(tmp_path) == status
+
+
 def test_without_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steps, "ROOT", tmp_path)
     with pytest.raises(SystemExit) as error:
