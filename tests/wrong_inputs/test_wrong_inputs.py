@@ -155,6 +155,14 @@ CLIP = [  # a run of a small CLIP
     (IMAGES, "needs tokens, mask; the examples give image"),
     ([*IMAGES, "--dry_run"], "needs tokens, mask; the examples give image"),
 ]  # fmt: skip
+BLIP = [  # settings that do not fit each other
+    (["--config.processor.image.size=9"], "config.processor.image: expected the"),
+    (["--config.processor.max_length=99"], "config.processor.max_length: expected at most the 20 positions"),
+    (["--config.processor.task=vqa"], "config.processor.task: objective 'pretrain' expects pretrain, found vqa"),
+    (["--config.loss.objective=vqa"], "config.loss.objective: 'vqa' needs config.model.decoder"),
+    (["--config.model.cls_id=9999"], "config.model.cls_id: expected an id of the"),
+    (["--config.model.enc_id=30523"], "config.model.enc_id: expected an id of the"),
+]
 EVAL = [
     (["--checkpoint=" + 300 * "x"], "File name too long: xxx"),
     (["--config={files}/eval.json"], "--checkpoint=PATH is missing"),
@@ -336,6 +344,7 @@ OTHERS = [
 
 GOOD_TRAIN = ["--config={toy}", "--workdir={out}/run"]
 GOOD_CLIP = ["--config={root}/configs/digits.py:clip", "--workdir={out}/run"]
+GOOD_BLIP = ["--config={root}/configs/blip.py:tiny,{out}", "--workdir={out}/run"]
 GOOD_EVAL = ["--config={files}/eval.json", "--checkpoint={files}/model", "--output={out}/r.json"]
 GOOD_TASKS = [
     *("--config={root}/configs/flava_tasks.py", "--checkpoint={files}/model", "--output={out}/tasks", "--data={out}"),
@@ -344,6 +353,7 @@ CASES = [
     *(("train", *case) for case in TRAIN),
     *(("train", [*GOOD_TRAIN, *arguments], message) for arguments, message in TOY),
     *(("train", [*GOOD_CLIP, *arguments], message) for arguments, message in CLIP),
+    *(("train", [*GOOD_BLIP, *arguments], message) for arguments, message in BLIP),
     *(("eval", *case) for case in EVAL),
     *(("eval", [*GOOD_EVAL, *arguments], message) for arguments, message in EVAL_MODEL),
     *(("predict", ["{files}/model", *arguments], message) for arguments, message in PREDICT),
