@@ -1,6 +1,7 @@
 """BLIP in bfloat16, which every published configuration computes in, beside itself in float32."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ import pytest
 import vlm
 from vlm.data.masking import IGNORE
 from vlm.models.blip.loss import LossConfig, loss
+
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+compiled = functools.partial(jax.jit, compiler_options=FAST)
 
 
 def _half(config):
@@ -26,7 +30,7 @@ def test_outputs_are_those_of_float32_to_its_digits(tiny_blip, task):
     batch = processor(texts=["a five on the left", "two"]) | {"image": rng.normal(size=(2, 24, 24, 3)).astype("f4")}
 
     def run(model):
-        found = jax.jit(lambda params: model.apply({"params": params}, **batch))(params)
+        found = compiled(lambda params: model.apply({"params": params}, **batch))(params)
         return found.logits if task == "caption" else found.itm_score
 
     exact, rounded = run(model), run(half)
@@ -42,16 +46,17 @@ def test_it_learns_and_writes(tiny_blip):
     batch = processor.tokenizer(["a five on the left", "two digits", "a nine"], max_length=12, padding="max_length")
     batch |= {"image": image, "labels": np.where(batch["mask"], batch["tokens"], IGNORE)}
 
-    def value(model):
-        config = LossConfig("caption")
-        step = jax.value_and_grad(lambda params: loss(model, params, {}, batch, jax.random.key(0), config)[0])
-        return jax.jit(step)(params)
+    def value(params, model):
+        return loss(model, params, {}, batch, jax.random.key(0), LossConfig("caption"))[0]
 
-    (exact, _), (rounded, gradient) = value(model), value(half)
+    exact = compiled(functools.partial(value, model=model))(params)
+    rounded, gradient = compiled(jax.value_and_grad(functools.partial(value, model=half)))(params)
     assert rounded.dtype == jnp.float32 and abs(rounded - exact) < 0.02 * exact
     assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-    prompts = {"image": image}
-    found = vlm.generate(half, params, prompts, max_new_tokens=6, log_probs=True)
-    assert np.isfinite(found.scores).all() and all(len(set(row)) >= 1 for row in found.completions)
-    first = vlm.generate(model, params, prompts, max_new_tokens=6, log_probs=True)
-    np.testing.assert_allclose(found.log_probs[:, 0], first.log_probs[:, 0], atol=0.1)
+    found = vlm.generate(half, params, {"image": image}, max_new_tokens=6)
+    exact = compiled(lambda params: model.apply({"params": params}, image, found.sequences).logits)(params)
+    log_probs = np.asarray(jax.nn.log_softmax(exact))
+    for row, length in enumerate(found.lengths):  # each token is the most probable one, or as good as that
+        for place in range(1, length):
+            before = log_probs[row, place - 1]
+            assert before[found.sequences[row, place]] > before.max() - 0.05
