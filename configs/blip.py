@@ -36,6 +36,7 @@ NLVR2's own files are read as well: {"kind": "jsonl", "path": "nlvr2/data/dev.js
 Small ones, for two CPU cores, on the two-digit scenes that `python -m vlm.demo --output=demo_output --data_only`
 prepares: `tiny` (pretraining, seconds), `digits_caption` and `digits_vqa` (at least 90 % exact captions and right
 answers in five minutes each); and `nlvr_tiny` (below). `configs/blip.py:VARIANT,FOLDER` reads from FOLDER instead.
+OK-VQA and A-OKVQA are in `configs/blip_knowledge.py`, MSR-VTT in `configs/blip_evaluations.py`.
 
 Batch sizes are the paper's, over all devices. A group of `loss.group_size` rows is what one GPU held in the original:
 contrastive candidates and hard negatives of a row come from its group, further candidates from the queue.
