@@ -138,9 +138,9 @@ def test_marks():
     random = {f"{kind}/{loss}": 4.0 for kind in flava.KINDS for loss in flava.LOSSES} | dict.fromkeys(flava.GAINS, 0.3)
     trained = {f"{kind}/{name}": 3.999 - fall for kind, falls in flava.FALLS.items() for name, fall in falls.items()}
     trained |= flava.MARKS | {name: 0.301 + gain for name, gain in flava.GAINS.items()}
-    kinds, low = list(flava.KINDS), {"digits/itm": 4.0, "matching/accuracy": 0.1, "probe_left/top1": 0.3}
+    kinds, low = list(flava.KINDS), {"digits/itm": 4.0, "matching/accuracy": 0.1, "probe_single/top1": 0.3}
     assert flava.missed(kinds, random, trained) == []
-    assert flava.missed(kinds, random, trained | low) == ["digits/itm", "probe_left/top1", "matching/accuracy"]
+    assert flava.missed(kinds, random, trained | low) == ["digits/itm", "probe_single/top1", "matching/accuracy"]
     assert flava.missed(kinds, random, trained | {"nlvr/mim": float("nan")}) == ["nlvr/mim"]
     assert flava.missed(["digits"], random, trained | {"nlvr/mim": float("nan")}) == []
 
