@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test test-long lint bench install clean
 
 .venv/.python:
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,9 @@ lint: .venv/.test
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-long: .venv/.test
+	$(BIN)/python -m pytest -m long
 
 bench: .venv/.test
 	$(BIN)/python -m benchmarks.run

@@ -83,6 +83,7 @@ def finished(tmp_path_factory):
     return output, status, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.long
 def test_the_chain_from_data_to_page(finished):
     output, status, out, err = finished
     assert status == 1 and len(out.strip().splitlines()) == 1  # six steps are too few for the marks
@@ -107,6 +108,7 @@ def test_the_chain_from_data_to_page(finished):
     assert settings["train"]["seed"] == settings["data"]["seed"] == 3
 
 
+@pytest.mark.long
 def test_held_out_batches_are_always_the_same(finished):
     output, run = finished[0], finished[0] / "flava_nlvr_3_run"
     held_out = HeldOut.of(run)

@@ -94,6 +94,7 @@ def test_stories_that_need_data_say_so(tmp_path, capsys):
     assert not (tmp_path / "out" / "nlvr").exists()
 
 
+@pytest.mark.long
 def test_two_digit_scenes_from_data_to_page(here, tmp_path, monkeypatch, capsys):
     """Captions, then questions: a few steps each, through the commands' own functions."""
     monkeypatch.setattr(scenes, "SCENES", {"train": 40, "test": 10})
