@@ -88,7 +88,9 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         processor = make_processor(settings, parts.family)
         loader = make_loader(settings, processor, split, workdir)
         from_primary(lambda: check_data(parts, placements, loader))
-        evaluations = evaluation.prepare(settings.eval)
+        evaluations, axes = evaluation.prepare(settings.eval), sharding.batch_axes(settings.sharding.rules)
+        asked = {"model": parts.model, "params": placements.params, "processor": processor}
+        from_primary(lambda: evaluation.check(evaluations, **asked, mesh=mesh, batch_axes=axes))
 
         # The state: from the newest verified checkpoint, or new.
         kept = {name: getattr(settings.train, name) for name in ("keep", "keep_every", "verify")}
@@ -115,7 +117,7 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
 
         def evaluate(number: int, state: Any) -> None:
             about = {"step": number, "config": config_hash(config)}
-            settled = {"mesh": mesh, "batch_axes": sharding.batch_axes(settings.sharding.rules), "progress": False}
+            settled = {"mesh": mesh, "batch_axes": axes, "progress": False}
             settled |= {"output": results(number), "about": about, "poll": preemption.poll}
             with report.paused(), contextlib.nullcontext() if several else preemption.interrupting():
                 values = evaluation.run(evaluations, parts.model, state.params, processor, **settled)

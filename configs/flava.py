@@ -157,6 +157,7 @@ def _mim() -> ConfigDict:
     config.init = (CODEBOOK,)
     imagenet = {"kind": "tfds", "path": "data/imagenet2012/5.1.0", "split": "validation", "fields": {"image": "image"}}
     config.eval = _held_out(imagenet, max_masked_patches=75)
+    config.eval.held_out.codebook_cache = None  # `vlm.precompute` fills it, and prints the flag that names it
     return config
 
 

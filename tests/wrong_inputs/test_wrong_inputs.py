@@ -130,6 +130,13 @@ TOY = [  # a run that would start in a second
     (["--config.init=({{'path': '{files}/code.pt'}},)"], "code.pt"),
     (["--config.eval={{'x': {{'kind': 'zero'}}}}"], "zero"),
     (["--config.eval={{'x': {{'kind': 'retrieval', 'data': {{'kind': 'jsonl', 'path': '/no.jsonl'}}}}}}"], "/no.jsonl"),
+    (
+        [
+            "--config.eval={{'x': {{'kind': 'captions', 'data': {{'kind': 'jsonl', 'path': '{files}/data.jsonl'}}, "
+            "'captions': None}}}}"
+        ],
+        "config.eval.x: this model and processor cannot write captions",
+    ),
     (["--workdir=/proc/nowhere"], "--workdir: cannot write to /proc/nowhere"),
     (["--workdir={files}/names.txt"], "names.txt"),
     (["--num_processes=2"], "need --coordinator"),

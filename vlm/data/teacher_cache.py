@@ -23,6 +23,7 @@ from jaxtyping import Num
 
 from vlm.data.ledger import FatalDataError
 from vlm.errors import UserError, did_you_mean
+from vlm.manifest import fsync_directory
 
 _DTYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "uint16": np.uint16}
 _FORMAT = 1
@@ -107,6 +108,7 @@ def write_cache(
         for sentences, embeddings in batches:
             writer.add(sentences, np.asarray(embeddings))
         count = writer.finish(teacher)
+        fsync_directory(temporary)
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

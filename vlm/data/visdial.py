@@ -119,9 +119,9 @@ class VisDialSource:
             raise UserError(f"{self._path}: expected VisDial's dialogs with answer_options, found none")
         self._options = np.frombuffer(options, np.int32).reshape(len(self._rounds), count)
         turns = [turn for dialog in self._turns for turn in dialog]
-        used = {"questions": [turn[0] for turn in turns], "answers": [*(turn[1] for turn in turns), *options]}
-        for name, numbers in used.items():
-            if (most := max(numbers)) >= len(self._texts[name]):
+        answers = max(int(self._options.max()), *(turn[1] for turn in turns))
+        for name, most in {"questions": max(turn[0] for turn in turns), "answers": answers}.items():
+            if most >= len(self._texts[name]):
                 raise UserError(f"{self._path}: {name}: expected one of number {most}, found {len(self._texts[name])}")
 
     def _dialog(self, value: Any, where: str) -> list[list[int]]:
@@ -132,9 +132,13 @@ class VisDialSource:
             for number, turn in enumerate(value["dialog"], 1):
                 given = turn.get("answer_options")
                 right = int(turn.get("gt_index", -1))
-                turns.append((int(turn["question"]), int(turn.get("answer", 0))))
+                if any(answer < 0 for _, answer in turns):  # only the last round may lack its answer
+                    raise ValueError
+                turns.append((int(turn["question"]), int(turn.get("answer", -1))))
                 if given:
-                    if not -1 <= right < len(given) or min(given) < 0:
+                    if not -1 <= right < len(given) or not all(
+                        isinstance(option, int) and option >= 0 for option in given
+                    ):
                         raise ValueError
                     self._rounds.append(_Round(len(self._turns), number, turns[-1][0], right))
                     found.append(given)

@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm.evaluation.results import check_output
-    from vlm.evaluation.runner import KINDS, Plan, prepare, run
+    from vlm.evaluation.runner import KINDS, Plan, check, prepare, run
 
-__all__ = ["KINDS", "Plan", "check_output", "prepare", "run"]
+__all__ = ["KINDS", "Plan", "check", "check_output", "prepare", "run"]
 
 _RUNNER = "vlm.evaluation.runner"
-_LAZY = dict.fromkeys(("KINDS", "Plan", "prepare", "run"), _RUNNER) | {"check_output": "vlm.evaluation.results"}
+_LAZY = dict.fromkeys(("KINDS", "Plan", "check", "prepare", "run"), _RUNNER) | {
+    "check_output": "vlm.evaluation.results"
+}
 
 
 def __getattr__(name: str) -> Any:

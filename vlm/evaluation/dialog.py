@@ -58,6 +58,8 @@ class VisualDialog(Task):
         model = embedder.model
         if not hasattr(model, "encode_dialog") or not hasattr(embedder.processor, "dialog"):
             raise UserError(f"{type(model).__name__}: this model has no visual dialog")
+        if (task := embedder.processor.config.task) != "dialog":
+            raise UserError(f"expected a processor of task 'dialog', whose rows hold the whole history, found {task!r}")
         example = first_note(self.source, lambda example: {"example": example}).get("example") or self.source[0]
         row = {name: x[None] for name, x in self._inputs(embedder.processor, example).items()}
         known = {name: row[name] for name in KNOWN}

@@ -240,7 +240,11 @@ def _gather(notes: dict[int, Note], failure: Exception | None) -> dict[int, Note
         return notes
     from jax.experimental.multihost_utils import process_allgather
 
-    data = np.frombuffer(json.dumps(list(notes.items()), ensure_ascii=False).encode(), np.uint8)
+    data = np.zeros(0, np.uint8)
+    try:
+        data = np.frombuffer(json.dumps(list(notes.items())).encode(), np.uint8)
+    except (TypeError, ValueError) as error:
+        failure = failure or error
     lengths = np.asarray(process_allgather(np.int32(len(data) if failure is None else -1))).reshape(-1)
     if lengths.min() < 0:
         raise failure or UserError("another host failed and says why")

@@ -128,8 +128,8 @@ def run(
     if mesh is None:
         current = jax.sharding.get_mesh()
         mesh = None if current.empty else current
+    check(plan, model, params, processor, mesh=mesh, batch_axes=batch_axes)
     embedder = Embedder(model, params, processor, mesh, batch_axes, poll=poll)
-    _check(plan, embedder)
     results: dict[str, Result] = {}
     for name, (evaluator, feeding) in plan.evaluators.items():
         fed = dataclasses.replace(embedder, batch_size=feeding.batch_size, num_workers=feeding.num_workers)
@@ -160,8 +160,18 @@ def _prepare(name: str, spec: Any, limit: int | None) -> tuple[Evaluator, Feedin
     return evaluator.prepare(config, f"config.{path}", limit), feeding
 
 
-def _check(plan: Plan, embedder: Embedder) -> None:
-    """Finds what the model cannot do before anything runs."""
+def check(
+    plan: Plan, model: Any, params: Any, processor: Any, *, mesh: Mesh | None, batch_axes: tuple[str, ...]
+) -> None:
+    """Finds what the model cannot do before anything runs.
+
+    Args:
+      params: arrays, or what has their shapes and dtypes. The rest is as for `run`.
+
+    Raises:
+      UserError: an evaluation asks the model or the processor for what it does not have.
+    """
+    embedder = Embedder(model, params, processor, mesh, batch_axes)
     contrastive = []
     for name, (evaluator, _) in plan.evaluators.items():
         if not isinstance(evaluator, Checks):

@@ -70,7 +70,7 @@ def run(
 
         try:
             count = on_every_process(compute)
-        except UserError:
+        except Exception:  # on every host, whatever it was on the one that failed
             from_primary(parts.forget)
             raise
         return from_primary(lambda: parts.join(Path(output), count))

@@ -52,7 +52,8 @@ def precompute_words(settings: Config, output: str, batch_size: int = 128, part_
     side, expected = processor.config.codebook_size, config.codebook_size
     if side is None or expected not in (None, side):
         raise UserError(f"config.processor.codebook_size: expected {expected or 'the side of pictures'}, found {side}")
-    specs = [spec for spec in settings.data.sources if "image" in spec.get("fields", ("image",))]
+    measured = (spec["data"] for spec in settings.eval.values() if spec["kind"] == "losses")
+    specs = [spec for spec in (*settings.data.sources, *measured) if "image" in spec.get("fields", ("image",))]
     if not specs:
         raise UserError("config.data.sources: expected pictures, found no source with an image field")
     sources, _ = open_sources(specs)
@@ -86,7 +87,9 @@ def training_flags(settings: Config, output: str) -> list[str]:
             include = f"(?!codebook/)(?:{entry.include})" if entry.into == "params" and True in gives else entry.include
             entries.append({"path": entry.path, "into": entry.into, "include": include})
     cleared = ("processor.augment", "processor.codebook_size", "model.codebook")
-    flags = {"data.codebook_cache": output, **dict.fromkeys(cleared), "init": tuple(entries)}
+    measured = (name for name, spec in settings.eval.items() if spec["kind"] == "losses" and "codebook_cache" in spec)
+    caches = ("data.codebook_cache", *(f"eval.{name}.codebook_cache" for name in measured))
+    flags = {**dict.fromkeys(caches, output), **dict.fromkeys(cleared), "init": tuple(entries)}
     return [f"--config.{name}={value}" for name, value in flags.items()]
 
 

@@ -172,7 +172,7 @@ def _identity(context: Context, task: Task) -> dict[str, str]:
 
 def _content(checkpoint: Path) -> str:
     """Of a step of a training also of the settings and the tokenizer beside it."""
-    digests, folder = [content_digest(checkpoint)], checkpoint.absolute().parents[1]
+    digests, folder = [content_digest(checkpoint)], checkpoint.absolute().parent.parent
     if checkpoint.absolute().parent.name == "checkpoints":
         digests += [content_digest(path) for path in (folder / "config.json", folder / "processor") if path.exists()]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()

@@ -71,6 +71,7 @@ class ProcessorConfig:
                 hidden for an objective that does not predict them.
         """
         side, size = model.vision and model.vision.image_size, self.image.output_size
+        side = side if loss.objective == "contrastive" else None  # the others read no pictures
         if side is not None and size != (side, side):
             expected = f"expected the {side} x {side} of config.model.vision.image_size"
             found = "pictures of any size" if size is None else "{} x {}".format(*size)
