@@ -48,6 +48,7 @@ LONGEST = (  # files, by their seconds
     "demo/test_main.py",
     "demo/test_flava.py",
     "test_train.py",
+    "wrong_inputs/test_wrong_inputs.py",
     "models/blip/test_writing.py",
     "generation/test_generate.py",
     "test_precompute.py",
@@ -55,6 +56,10 @@ LONGEST = (  # files, by their seconds
     "models/altclip/test_model.py",
     "models/flava/test_model.py",
     "faults/test_kills.py",
+    "tasks/test_tasks.py",
+    "test_experiment.py",
+    "evaluation/test_hosts_blip.py",
+    "test_hosts.py",
 )
 
 

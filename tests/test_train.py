@@ -283,6 +283,7 @@ def test_evaluation_during_training_splits_batches_as_training_does(tmp_path, da
     )
     asked = []
     monkeypatch.setattr(vlm.evaluation, "prepare", lambda specs: specs)
+    monkeypatch.setattr(vlm.evaluation, "check", lambda *_, **__: None)
     monkeypatch.setattr(vlm.evaluation, "run", lambda *_, **options: asked.append(options["batch_axes"]) or {"top1": 1})
     more = ("--config.train.eval_every=2", "--config.train.steps=2", "--config.train.tensorboard=False")
     flags = f"--config={config}:{data}", f"--workdir={tmp_path / 'run'}", *more
