@@ -94,7 +94,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(folder):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "write_images", lambda folder, seed: folder.mkdir())
+    monkeypatch.setattr(module, "write_images", lambda folder, seed: (folder / "images").mkdir())
     monkeypatch.setattr(module, "write_tokenizers", fail)
     with pytest.raises(OSError, match="disk full"):
         prepare(tmp_path / "data")

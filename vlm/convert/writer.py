@@ -204,6 +204,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     check_new_folder(target)
     temporary = target.absolute().parent / f".{target.absolute().name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # a stopped process of the same number left it
     temporary.mkdir()
     try:
         yield temporary

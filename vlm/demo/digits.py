@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm.convert.writer import new_folder
 from vlm.demo import scenes
 from vlm.demo.prepare import load_scans, png, split
 
@@ -54,9 +54,8 @@ def prepare_digits(scenes_folder: Path, folder: str | os.PathLike, seed: int = 0
     folder = Path(folder)
     if folder.exists():
         return folder
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as draft:
         (draft / "images").mkdir(parents=True)
         scans, labels = load_scans()
         for number, (name, rows) in enumerate(split(labels, seed).items()):
@@ -65,9 +64,6 @@ def prepare_digits(scenes_folder: Path, folder: str | os.PathLike, seed: int = 0
             _write_json(draft / f"pairs_{name}.json", both_digits(_read(scenes_folder / f"caption_{name}.json")))
             _write_json(draft / f"texts_{name}.json", [{"text": text} for text in _texts(scenes_folder, name)])
         _write_json(draft / "matches_test.json", matches(_read(scenes_folder / "caption_test.json"), rng))
-        os.rename(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

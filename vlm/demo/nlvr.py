@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vlm.convert.writer import new_folder
 from vlm.data.tar import TarSource
 from vlm.demo.prepare import png
 from vlm.demo.statements import description, statement
@@ -91,17 +91,12 @@ def prepare_nlvr(source: str | os.PathLike, folder: str | os.PathLike, seed: int
         return folder
     train, test = archives(source)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    with new_folder(folder) as draft:
         (draft / "images").mkdir(parents=True)
         sentences = _write_train(draft, train, np.random.default_rng(seed))
         _write_test(draft, test)
         (draft / "tokenizer").mkdir()
         (draft / "tokenizer" / "vocab.txt").write_text("\n".join([*vocabulary(sentences), ""]), encoding="utf-8")
-        os.rename(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

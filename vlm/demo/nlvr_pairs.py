@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm.convert.writer import new_folder
 from vlm.demo import nlvr, visual_words
 from vlm.demo.digits import matches
 from vlm.demo.prepare import png
@@ -54,18 +54,14 @@ def prepare_pairs(source: str | os.PathLike, folder: str | os.PathLike, seed: in
     folder = Path(folder)
     if folder.exists():
         return folder
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as draft:
         (draft / "images").mkdir(parents=True)
         rng = np.random.default_rng((seed, 4))
         rows, unseen = divide(nlvr.examples(train), nlvr.examples(test), rng)
         _write(draft, "train", [change for row in rows for change in _recoloured(row, rng)])
         pairs = _write(draft, "test", unseen)
         _write_json(draft / "matches_test.json", matches(pairs, rng))
-        os.rename(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

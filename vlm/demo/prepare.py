@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm.convert.writer import new_folder
 from vlm.data.tfds_writer import write_tfds
 from vlm.demo.phrases import DIGITS, LANGUAGES, captions, pairs
 from vlm.tokenizers.spm import train_sentencepiece
@@ -39,16 +40,12 @@ def prepare(folder: str | os.PathLike, seed: int = 0) -> Path:
     folder = Path(folder)
     if folder.exists():
         return folder
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as draft:
         write_images(draft, seed)
         write_parallel_text(draft / "parallel")
         write_prompts(draft / "prompts")
         write_tokenizers(draft / "tokenizers")
-        os.rename(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

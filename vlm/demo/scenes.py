@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlm.convert.writer import new_folder
 from vlm.demo.prepare import load_scans, png, split
 
 SIZE, SCAN, STEP = 24, 8, 4
@@ -41,9 +41,7 @@ def prepare_scenes(folder: str | os.PathLike, seed: int = 0) -> Path:
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    with new_folder(folder) as draft:
         (draft / "images").mkdir(parents=True)
         scans, labels = load_scans()
         for number, (name, rows) in enumerate(split(labels, seed).items()):
@@ -51,9 +49,6 @@ def prepare_scenes(folder: str | os.PathLike, seed: int = 0) -> Path:
         _write_json(draft / "answer_list.json", [*NUMBERS, "yes", "no"])
         (draft / "tokenizer").mkdir()
         (draft / "tokenizer" / "vocab.txt").write_text("\n".join([*vocabulary(), ""]), encoding="utf-8")
-        os.rename(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from vlm.convert.writer import new_folder
 from vlm.data.image import ImageSettings, open_image, process
 from vlm.data.teacher_cache import write_cache
 
@@ -63,9 +63,8 @@ def prepare_words(folder: str | os.PathLike, folders: Sequence[Path], vocabulary
     folder = Path(folder)
     if folder.exists():
         return folder
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as draft:
         (draft / "tokenizer").mkdir(parents=True)
         (draft / "tokenizer" / "vocab.txt").write_text("\n".join([*vocabulary, ""]), encoding="utf-8")
         images = [_pictures(each) for each in folders]
@@ -73,9 +72,6 @@ def prepare_words(folder: str | os.PathLike, folders: Sequence[Path], vocabulary
         means = fit(np.concatenate([_drawn(each, FITTED // len(folders), rng) for each in images]), seed=seed)
         np.save(draft / MEANS, means, allow_pickle=False)
         _write_cache(draft / "visual_words", [row for each in images for row in each.values()], means)
-        os.rename(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
