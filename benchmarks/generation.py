@@ -4,8 +4,9 @@
 
 float32, random weights, 384 px, every row writes exactly `new_tokens` tokens; alternating in one process, medians and
 ratios as one JSON line per number of beams. "decode" starts from the image tokens: the context's keys and values, the
-prompt and the loop, in both. The parameters are laid out for decoding before, as when many batches are captioned; the
-line says what that takes. Run it on an otherwise idle machine.
+prompt and the loop, in both; "first" is the same for a single token, so that the loop alone is their difference. The
+parameters are laid out for decoding before, as when many batches are captioned; the line says what that takes. Run it
+on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -137,14 +138,19 @@ def main() -> None:
         contenders = ours(model, prepared, image, settings) | theirs(reference, image, settings)
         if options.decode_only:
             contenders = {name: run for name, run in contenders.items() if name.endswith("_decode")}
+        single = settings | {"max_new_tokens": 1, "min_new_tokens": 1}
+        firsts = ours(model, prepared, image, single) | theirs(reference, image, single)
+        contenders |= {f"{name}_first": firsts[f"{name}_decode"] for name in ("vlm", "transformers")}
         times = alternate(contenders, rounds=options.rounds, warmup=1)
         wall = {name: statistics.median(w for w, _ in runs) for name, runs in times.items()}
+        loop = lambda name, wall=wall: wall[f"{name}_decode"] - wall[f"{name}_first"]  # noqa: E731
         report(
             "generation",
             times,
             reference="transformers_decode" if options.decode_only else "transformers",
             settings=vars(options) | {"num_beams": beams},
             decode_times_faster=round(wall["transformers_decode"] / wall["vlm_decode"], 3),
+            loop_times_faster=round(loop("transformers") / loop("vlm"), 3),
             layout_seconds=round(seconds, 3),
         )
 

@@ -1,5 +1,7 @@
 """Attention against PyTorch's, and its invariants: masks, grouped heads, caches."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +28,16 @@ def _torch(query, key, value, mask=None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["none", "padding", "per_head"])
-def test_equals_pytorch(kv_heads, kind):
+@pytest.mark.parametrize("kind", ["none", "padding", "shared", "per_head"])
+@pytest.mark.parametrize("kernel", ["late", "blocked"])
+def test_equals_pytorch(kv_heads, kind, kernel, monkeypatch):
+    monkeypatch.setattr(attention, "attention_kernel", lambda *_, **__: kernel)
     query, key, value = _qkv(4, kv_heads)
     rng = np.random.default_rng(1)
     mask = {
         "none": None,
         "padding": masks.padding_mask(jnp.array([[1] * 7, [1] * 4 + [0] * 3], bool)),
+        "shared": masks.causal_mask(7)[:, :, 2:],
         "per_head": jnp.asarray(rng.random((2, 4, 5, 7)) < 0.6).at[..., 0].set(True),
     }[kind]
     found = attention.dot_product_attention(query, key, value, mask)
@@ -52,8 +57,25 @@ def test_formulations_agree_in_value_and_gradient(monkeypatch):
         f = lambda *x: jnp.square(attention.dot_product_attention(*x, mask)).sum()  # noqa: E731
         return jax.value_and_grad(f, argnums=(0, 1, 2))(query, key, value)
 
-    late, xla = total("late"), total("xla")
+    late, blocked, xla = total("late"), total("blocked"), total("xla")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), late, xla)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), blocked, xla)
+
+
+def test_many_scores_are_blocked_on_one_cpu_and_not_kept_for_the_gradient():
+    query, key, value = (jax.ShapeDtypeStruct((16, length, 4, 16), jnp.float32) for length in (256, 300, 300))
+    bytes_of_scores = 16 * 4 * 256 * 300 * 4
+
+    def temporaries(*axes):
+        gradient = jax.jit(jax.grad(lambda *x: attention.dot_product_attention(*x).sum(), argnums=(0, 1, 2)))
+        with (
+            jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)))
+            if axes
+            else (contextlib.nullcontext())
+        ):
+            return gradient.lower(query, key, value).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries() < bytes_of_scores < temporaries("data")
 
 
 def test_rows_without_keys_are_finite_and_large_scores_do_not_overflow():
@@ -67,11 +89,16 @@ def test_rows_without_keys_are_finite_and_large_scores_do_not_overflow():
 
 
 def test_kernel_choice():
-    assert attention.attention_kernel("cpu", jnp.float32, 64, masked=True) == "late"
-    assert attention.attention_kernel("gpu", jnp.bfloat16, 64, masked=False) == "cudnn"
-    assert attention.attention_kernel("gpu", jnp.bfloat16, 64, masked=True) == "xla"
-    assert attention.attention_kernel("gpu", jnp.float32, 64, masked=False) == "late"  # exact
-    assert attention.attention_kernel("tpu", jnp.bfloat16, 128, masked=False) == "xla"
+    def choice(backend, dtype, head_dim, masked, scores=12 * 197 * 197, devices=1):
+        return attention.attention_kernel(backend, dtype, head_dim, masked=masked, scores=scores, devices=devices)
+
+    assert choice("cpu", jnp.float32, 64, True) == "blocked"
+    assert choice("cpu", jnp.float32, 64, True, devices=8) == "late"  # a loop over examples would gather them
+    assert choice("cpu", jnp.float32, 64, True, scores=12 * 77 * 77) == "late"
+    assert choice("gpu", jnp.bfloat16, 64, False) == "cudnn"
+    assert choice("gpu", jnp.bfloat16, 64, True) == "xla"
+    assert choice("gpu", jnp.float32, 64, False) == "late"  # exact
+    assert choice("tpu", jnp.bfloat16, 128, False) == "xla"
 
 
 @pytest.mark.parametrize("qk_norm", [None, "rms", "layer"])

@@ -24,14 +24,24 @@ Mask = Bool[AnyArray, "#b #h #l m"] | None
 KeysValues = tuple[Float[Array, "b m k d"], Float[Array, "b m k d"]]
 
 
-def attention_kernel(backend: str, dtype: Any, head_dim: int, *, masked: bool) -> Literal["cudnn", "xla", "late"]:
-    """Names the formulation that `dot_product_attention` uses.
+BLOCKED_SCORES = 2**18
+"""Numbers: from so many scores per example on, a CPU's caches cannot hold those of a few examples at once."""
+
+
+def attention_kernel(
+    backend: str, dtype: Any, head_dim: int, *, masked: bool, scores: int, devices: int
+) -> Literal["cudnn", "xla", "late", "blocked"]:
+    """Names the formulation that `dot_product_attention` uses, for `scores` = H · L · M numbers per example.
 
     * "late" on CPUs and in float32: the softmax is normalised after the product with the values, on [L, D] instead of
       [L, M] numbers; products are exact;
+    * "blocked" on one CPU where scores are many: the same, one example after another, so that they stay in the cache,
+      and computed again for gradients instead of kept;
     * "cudnn" on NVIDIA GPUs in half precision without a mask (its masked backward pass wants lengths of 64·n);
     * "xla" everywhere else.
     """
+    if backend == "cpu" and devices == 1 and scores >= BLOCKED_SCORES:
+        return "blocked"
     if backend == "cpu" or jnp.dtype(dtype) == jnp.float32:
         return "late"
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -48,15 +58,40 @@ def dot_product_attention(
 
     Rows whose mask hides every key attend uniformly (as PyTorch's additive masks do); they are finite.
     """
-    kernel = attention_kernel(jax.default_backend(), query.dtype, query.shape[-1], masked=mask is not None)
+    kernel = attention_kernel(
+        jax.default_backend(),
+        query.dtype,
+        query.shape[-1],
+        masked=mask is not None,
+        scores=query.shape[1] * query.shape[2] * key.shape[1],
+        devices=max(1, jax.sharding.get_abstract_mesh().size),
+    )
     if kernel == "late":
-        scores, grouped_value = _scores(query, key, value, mask)
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        total = weights.sum(-1, keepdims=True)
-        mixed = jnp.einsum("bkglm,bkmd->bkgld", weights.astype(value.dtype), grouped_value, precision=exact(value))
-        return _merge((mixed / total.astype(mixed.dtype)), query.shape)
-    implementation = "cudnn" if kernel == "cudnn" else "xla"
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+        return _late(query, key, value, mask)
+    if kernel == "blocked":
+        return _blocked(query, key, value, mask)
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, implementation="cudnn" if kernel == "cudnn" else "xla"
+    )
+
+
+def _late(query: AnyArray, key: AnyArray, value: AnyArray, mask: Mask) -> jax.Array:
+    scores, grouped_value = _scores(query, key, value, mask)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    mixed = jnp.einsum("bkglm,bkmd->bkgld", weights.astype(value.dtype), grouped_value, precision=exact(value))
+    return _merge((mixed / total.astype(mixed.dtype)), query.shape)
+
+
+def _blocked(query: AnyArray, key: AnyArray, value: AnyArray, mask: Mask) -> jax.Array:
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (query.shape[0], *mask.shape[1:]))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def example(rows: Any) -> jax.Array:
+        return _late(*jax.tree.map(lambda x: x[None], rows))[0]
+
+    return jax.lax.map(example, (query, key, value, mask))
 
 
 def attention_weights(
