@@ -18,6 +18,10 @@ install: .venv/.test
 demo: .venv/.demo
 	$(BIN)/python -m vlm.demo --output=demo_output
 
+# demo-blip, demo-flava, demo-nlvr; NLVR=FOLDER has NLVR's archives.
+demo-%: .venv/.demo
+	$(BIN)/python -m vlm.demo $* --output=demo_output $(if $(NLVR),--nlvr='$(NLVR)')
+
 lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
