@@ -45,4 +45,5 @@ def test_foreign_content_is_refused(tmp_path):
 def test_digest_is_of_the_image_bytes():
     assert digest({"image": b"abc", "text": "t"}) == hashlib.sha256(b"abc").hexdigest()
     assert digest({"text": "t"}) == hashlib.sha256(b"t").hexdigest()
+    assert digest({"text": "half a pair \ud83d"}) == hashlib.sha256(b"half a pair \xed\xa0\xbd").hexdigest()
     assert digest(None) == ""

@@ -78,4 +78,5 @@ def digest(example: Mapping[str, Any] | None) -> str:
     if content is None:
         return ""
     parts = content if isinstance(content, (list, tuple)) else [content]
-    return hashlib.sha256(b"".join(p if isinstance(p, bytes) else str(p).encode() for p in parts)).hexdigest()
+    encoded = (p if isinstance(p, bytes) else str(p).encode("utf-8", "surrogatepass") for p in parts)
+    return hashlib.sha256(b"".join(encoded)).hexdigest()
