@@ -13,6 +13,7 @@ def folder(tmp_path):
     (tmp_path / "outside.jpg").write_bytes(b"outside")
     os.symlink(tmp_path / "outside.jpg", tmp_path / "data" / "link.jpg")
     os.symlink(tmp_path / "data" / "images" / "1.jpg", tmp_path / "data" / "good.jpg")
+    os.symlink("loop.jpg", tmp_path / "data" / "loop.jpg")
     return tmp_path
 
 
@@ -37,6 +38,9 @@ def test_reads_relative_to_its_folder(folder):
         ("", "must be a path"),
         (3, "must be a path, found 3"),
         (None, "must be a path"),
+        ("half a pair \ud83d", "must be a path"),
+        ("a caption in the place of a name " * 9, "file name too long"),
+        ("loop.jpg", "too many levels of symbolic links"),
     ],
 )
 def test_without_root_nothing_outside_is_read(folder, value, message):

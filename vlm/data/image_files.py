@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 from typing import Any
 
 from vlm.errors import UserError
+
+# What is wrong with a name, unlike storage that fails: the record is skipped, and the run goes on.
+_OF_THE_NAME = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
+_OF_THE_NAME += (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 
 
 class ImageFiles:
@@ -49,13 +54,15 @@ class ImageFiles:
     def _read(self, value: Any, where: str) -> bytes:
         if isinstance(value, bytes):
             return value
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not _is_path(value):
             raise UserError(f"{where}: image must be a path, found {value!r:.80}")
         path = self._locate(value, where)
         try:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-        except (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
-            raise UserError(f"{where}: image {value!r}: {(error.strerror or 'cannot open').lower()}") from None
+        except OSError as error:
+            if error.errno not in _OF_THE_NAME:
+                raise
+            raise UserError(f"{where}: image {value!r:.200}: {(error.strerror or 'cannot open').lower()}") from None
         try:
             info = os.fstat(descriptor)
             if not stat.S_ISREG(info.st_mode):
@@ -69,7 +76,7 @@ class ImageFiles:
 
     def _folder(self, value: Any, where: str) -> list[str]:
         """The files of a folder, in the order of the numbers in their names."""
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not _is_path(value):
             raise UserError(f"{where}: image must be a folder of frames, found {value!r:.80}")
         try:
             names = [name for name in os.listdir(self._locate(value, where)) if not name.startswith(".")]
@@ -89,3 +96,14 @@ class ImageFiles:
         if os.path.commonpath([inside, root]) != root:
             raise UserError(f"{where}: image {value!r} lies outside {self._root}")
         return path
+
+
+def _is_path(value: Any) -> bool:
+    """Whether the system takes it as a name: no text with half a surrogate pair, as JSON may hold it."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
