@@ -243,6 +243,21 @@ def test_an_incomplete_target_cache_is_not_an_unreadable_example():
     assert not loader.ledger.entries
 
 
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_example_without_what_the_others_of_its_source_have_is_replaced(workers):
+    def captioned(example, rng, train):
+        row = transform(example, rng, train)
+        return row if example["value"] in (4, 1007) else row | {"text": np.int64(1)}
+
+    sources = [Numbers(0, 16, bad=[0]), Numbers(1, 8)]
+    loader = make(workers, sources=sources, transform=captioned)
+    batches = take(loader, 9)
+    assert {name for batch in batches for name in batch} == {"noise", "text", "value"}
+    skipped = {(entry.source, entry.key): entry.error for entry in loader.ledger.entries}
+    assert set(skipped) == {("numbers0", "k0"), ("numbers0", "k4"), ("numbers1", "k7")}
+    assert skipped["numbers1", "k7"] == "gives no text, unlike the first of its source"
+
+
 def test_programming_errors_stop_with_the_example_named():
     def broken(example, rng, train):
         return {"value": example["absent"]}

@@ -7,6 +7,7 @@ together. Image decoding and resizing release the interpreter lock, so threads a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ class Loader:
         transform: maps a raw example to arrays without batch axis; called from several threads at once. A
             `UserError` or `OSError` that it raises makes the example unreadable: it is written to the ledger and
             replaced. Anything else it raises stops the run. `rng` depends on (seed, epoch, source, sample) alone.
+            In training an example that lacks arrays which the first of its source gives is unreadable too.
         settings: see `LoaderSettings`.
         weights: shares of the sources; None means their sizes. Only for training.
         members, shares: the stream that each source belongs to, and the share of steps of each stream, by name: every
@@ -69,6 +71,7 @@ class Loader:
         else:
             self.stream = EvalStream(lengths, settings.seed)
         self.ledger = SkipLedger(ledger, settings.host_index)
+        self._usual: dict[int, frozenset[str]] = {}
         identity = [settings.batch_size, settings.seed, train, parts, [s.fingerprint for s in self.sources]]
         identity.append(getattr(transform, "fingerprint", ""))  # what the transform joins from elsewhere
         identity += [mixed[0], sorted((name, float(share)) for name, share in mixed[1].items())] if mixed else []
@@ -111,6 +114,8 @@ class Loader:
             try:
                 example = self.sources[source][current]
                 arrays = self._transformed(example, source, current, epoch)
+                if self.train and (lacking := self._names(source) - arrays.keys()):
+                    raise UserError(f"gives no {', '.join(sorted(lacking))}, unlike the first of its source")
                 break
             except FatalDataError:
                 raise
@@ -131,6 +136,17 @@ class Loader:
             arrays |= {"index": np.int32(position if valid else -1), "valid": np.bool_(valid and not skips)}
         label = f"example {example['key']!r} (source {self.sources[source].name}, sample {current})"
         return Row(label, arrays, tuple(skips) if valid else ())
+
+    def _names(self, source: int) -> frozenset[str]:
+        """The arrays that the first readable example of a source gives: of the data alone, so the same on all hosts."""
+        if source not in self._usual:  # threads that meet here find the same
+            names: frozenset[str] = frozenset()
+            for sample in range(min(_MAX_ATTEMPTS, len(self.sources[source]))):
+                with contextlib.suppress(UserError, OSError):
+                    names = frozenset(self._transformed(self.sources[source][sample], source, sample, 0))
+                    break
+            self._usual[source] = names
+        return self._usual[source]
 
     def _transformed(self, example: dict[str, Any], source: int, sample: int, epoch: int) -> dict[str, Any]:
         # Counter-based, so that the numbers of one example never overlap those of another.
