@@ -124,10 +124,10 @@ def assert_equal_outputs(imported, model):
             close(units[0] @ units[1].T, cosines)
         elif name == "BlipModel":
             ours = outputs(imported, image=IMAGE, tokens=TOKENS, mask=MASK)
-            close(ours.text_embeds, model(**inputs).text_embeds)
-            # transformers normalises the image's class token twice here; the authors, and we, once
-            image = model.visual_projection(model.vision_model(inputs["pixel_values"]).last_hidden_state[:, 0])
-            close(ours.image_embeds, torch.nn.functional.normalize(image))
+            theirs = model(**inputs)
+            for field in ("text_embeds", "image_embeds", "logits_per_image", "logits_per_text"):
+                close(getattr(ours, field), getattr(theirs, field))
+            close(ours.vision_pooler_output, theirs.vision_model_output.pooler_output)
         else:
             question, answer = TOKENS[:1], TOKENS[:1, :3]
             ours = outputs(

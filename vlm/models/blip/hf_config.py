@@ -180,7 +180,8 @@ def _vision(section: Json, views: Views, notes: list[str], hf: bool, overrides: 
         "norm_eps": section["layer_norm_eps"],
         "patch_bias": "vision/patch_embedding/bias" in views,
         "input_norm": False,
-        "output_norm": "all",
+        # Hugging Face's BlipModel normalises the class token again before it projects it; its projection expects that.
+        "output_norm": "twice" if "logit_scale" in views else "all",
         "attention_dropout_rate": section["attention_dropout"],
         "init": "normal",
     }

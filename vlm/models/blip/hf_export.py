@@ -36,12 +36,20 @@ def hf_class(config: BLIPConfig) -> str:
         _check_answering(config)
         return "BlipForQuestionAnswering"
     if config.itm and config.projection_dim is not None and config.projection_bias:
+        _check_class_token(config, "BlipForImageTextRetrieval", "all")
         return "BlipForImageTextRetrieval"
     if not config.itm and config.logit_scale_init is not None and text is not None and text.pooler:
+        _check_class_token(config, "BlipModel", "twice")
         return "BlipModel"
     raise UserError(
         "transformers has no BLIP class with this combination of parts; leave some out, e.g. --drop='temperature'"
     )
+
+
+def _check_class_token(config: BLIPConfig, name: str, expected: str) -> None:
+    """What a class projects of the image: the class token as it is, or, BlipModel's, normalised once more."""
+    if config.vision is not None and config.vision.output_norm != expected:
+        raise UserError(f"{name} needs model.vision.output_norm={expected!r}, found {config.vision.output_norm!r}")
 
 
 def _check_answering(config: BLIPConfig) -> None:

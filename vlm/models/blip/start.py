@@ -35,7 +35,7 @@ def assemble(text: Imported, vision: Imported, *, shapes: Shapes, seed: int = 0)
     if stack is None or tower is None:
         lacks = f"{text.layout} has no text stack" if stack is None else f"{vision.layout} has no image encoder"
         raise UserError(f"to build BLIP: {lacks}")
-    tower = dataclasses.replace(tower, norm_eps=VIT.norm_eps)
+    tower = dataclasses.replace(tower, norm_eps=VIT.norm_eps, output_norm=VIT.output_norm)
     words = stack.vocab_size if stack.vocab_size <= text.config.enc_id else text.config.bos_id
     vocab = max(stack.vocab_size, words + _NEW)
     stack = dataclasses.replace(stack, vocab_size=vocab, context_size=tower.hidden_size, pooler=False)

@@ -25,7 +25,7 @@ from vlm.convert.layouts import Imported
 from vlm.convert.views import TensorView, from_array, narrow
 from vlm.errors import UserError
 from vlm.fusion.med import MedConfig
-from vlm.models.blip.config import BLIPConfig
+from vlm.models.blip.config import VIT, BLIPConfig
 from vlm.tree import listing
 
 TASKS = ("caption", "retrieval", "vqa", "nlvr", "classification")
@@ -93,6 +93,7 @@ def _architecture(source: BLIPConfig, task: str, num_labels: int | None) -> BLIP
         raise UserError(f"--task={task}: the source has no {'vision tower' if stack else 'text stack'}")
     text = dataclasses.replace(stack, context_size=source.vision.hidden_size, pooler=False)
     parts: dict[str, Any] = {"text": text, "decoder": None, "shared_decoder": False, "projection_dim": None}
+    parts["vision"] = dataclasses.replace(source.vision, output_norm=VIT.output_norm)  # HF's BlipModel has another
     parts |= {"projection_bias": True, "itm": False, "temperature": None, "logit_scale_init": None}
     parts |= {"num_labels": None, "num_images": 1, "average_layers": None, "tied_lm_head": True}
     if task == "caption":
