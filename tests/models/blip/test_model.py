@@ -41,7 +41,7 @@ def _compiled(model, method, constants):
 
 def _apply(model, params, *arguments, method=None, **flags):
     """`model.apply`, compiled: flags are constants, arrays are arguments."""
-    constants = {name: flags.pop(name) for name in sorted(flags) if isinstance(flags[name], bool | int)}
+    constants = {name: flags.pop(name) for name in sorted(flags) if isinstance(flags[name], bool | int | float)}
     return _compiled(model, method, tuple(constants.items()))(params, arguments, flags)
 
 
@@ -98,6 +98,14 @@ def test_captioning_equals_hf(hf_pair, torch_image, size, masked):
     )
     for name in ("hidden_states", "attentions", "cross_attentions"):
         _close(getattr(found.decoder_output, name), getattr(decoder, name), name)
+
+
+def test_smoothed_loss_equals_hf(hf_pair, torch_image, monkeypatch):
+    pair = hf_pair("captioning")
+    monkeypatch.setattr(pair[0].text_decoder, "label_smoothing", 0.1)
+    ours = {"labels": LABELS, "label_smoothing": 0.1}
+    found, expected = _call(pair, torch_image, None, True, ours, labels=torch.tensor(LABELS))
+    _close(found.loss, expected.loss)
 
 
 @pytest.mark.parametrize(("size", "masked"), CASES)

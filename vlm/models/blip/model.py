@@ -95,6 +95,7 @@ class BLIP(Writing, nn.Module):
         labels: Int[AnyArray, "bt ..."] | None = None,
         use_itm_head: bool = True,
         return_loss: bool = False,
+        label_smoothing: float = 0.0,
         logits_to_keep: int = 0,
         interpolate_positions: bool = False,
         output_hidden_states: bool = False,
@@ -112,6 +113,7 @@ class BLIP(Writing, nn.Module):
             t; -100: no target), or classes [B].
           use_itm_head: False compares in the joint space instead, every image with every text.
           return_loss: the symmetric contrastive loss of HF's BlipModel.
+          label_smoothing: share of every target of `loss` that is spread over the classes or the vocabulary.
           logits_to_keep: the decoder's logits at the last so many positions only; 0 keeps all.
           interpolate_positions: accept images of another size than the configured one.
         """
@@ -133,7 +135,7 @@ class BLIP(Writing, nn.Module):
             answers = (answer_tokens, answer_mask)
             found |= self._speak(found, (tokens, mask), answers, labels, logits_to_keep, **outputs)
         if labels is not None and "logits" in found:
-            found["loss"] = _loss(found["logits"], labels)
+            found["loss"] = _loss(found["logits"], labels, label_smoothing)
         return BLIPOutput(**found)
 
     def encode_image_states(
@@ -384,9 +386,9 @@ def _rows(tokens: Any, mask: Any, context: Any, context_mask: Any) -> tuple[Any,
     return tokens, mask, context, context_mask
 
 
-def _loss(logits: jax.Array, labels: Any) -> jax.Array:
+def _loss(logits: jax.Array, labels: Any, smoothing: float) -> jax.Array:
     """Cross-entropy of classes [B, K], or of the token after each position [..., L, V]."""
     labels = jnp.asarray(labels)
     if logits.ndim == 2:
-        return cross_entropy(logits, labels)
-    return cross_entropy(logits[..., :-1, :], labels[..., 1:])
+        return cross_entropy(logits, labels, label_smoothing=smoothing)
+    return cross_entropy(logits[..., :-1, :], labels[..., 1:], label_smoothing=smoothing)
