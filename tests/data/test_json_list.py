@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from vlm.data.json_list import JsonSource
-from vlm.data.source import open_source
+from vlm.data.source import open_source, open_sources
 from vlm.errors import UserError
 
 
@@ -53,6 +53,13 @@ def test_image_numbers_go_on_over_files(folder):
     source = JsonSource([f"{folder}/1.json", f"{folder}/2.json"], number="image_id", fields={"text": "caption"})
     assert [row["image_number"] for row in all_of(source)] == [0, 1, 1, 2, 0]
     assert set(source[0]) == {"key", "text", "image_number"}
+
+
+def test_numbers_of_several_sources_would_coincide(folder):
+    spec = {"kind": "json", "path": write(folder, TRAIN), "number": "image_id"}
+    assert len(open_sources([spec])[0]) == 1
+    with pytest.raises(UserError, match="`number` counts from 0 in each of them.*expected one source"):
+        open_sources([spec, {"kind": "json", "path": spec["path"]}])
 
 
 def test_several_captions_stay_together_or_become_examples(folder):

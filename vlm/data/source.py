@@ -98,7 +98,8 @@ def open_sources(specs: Sequence[Mapping[str, Any]]) -> tuple[list[Source], list
     """Opens the sources of a mixture; returns them with their weights (`weight` of each; none given: their sizes).
 
     Raises:
-        UserError: as `open_source`; also when only some (of one `stream`) have a weight, or one is negative.
+        UserError: as `open_source`; also when only some (of one `stream`) have a weight, or one is negative, or when
+            several are numbered.
     """
     if not specs:
         raise UserError("data: no source given")
@@ -109,6 +110,11 @@ def open_sources(specs: Sequence[Mapping[str, Any]]) -> tuple[list[Source], list
         if {(stream, True), (stream, False)} <= kinds:
             which = f" of stream {stream!r}" if stream is not None else ""
             raise UserError(f"data sources: give `weight` for all of them{which} or for none")
+    if len(plain) > 1 and any(spec.get("number") is not None for spec in plain):
+        raise UserError(
+            "data sources: `number` counts from 0 in each of them, so that different images would have one number; "
+            "expected one source, with a list of files as its `path`"
+        )
     sources = [open_source(spec) for spec in plain]
     weights = [len(source) if weight is None else weight for source, weight in zip(sources, given, strict=True)]
     return sources, [float(weight) for weight in weights]
