@@ -23,6 +23,7 @@ from vlm.models import get_family
 from vlm.models.altclip import AltCLIP, AltCLIPConfig, example
 from vlm.models.flava import FLAVA, FLAVAConfig
 from vlm.precompute.running import computed
+from vlm.precompute.sentences import _sentences as sentences
 from vlm.precompute.words import pictures, training_flags
 from vlm.schema import Config
 from vlm.sharding import make_mesh
@@ -283,6 +284,17 @@ class Codebook:
         if image == b"damaged":
             raise UserError("damaged")
         return np.full(1, int(image))
+
+
+def test_sentences_that_training_replaces_are_left_out(capsys):
+    class Pairs(list):
+        name = "pairs"
+
+    texts = ["one", "two", None, "half a pair \ud83d", "one", ["three"], "four"]
+    source = Pairs([*({"source_text": text} for text in texts), {"text": "uno"}])
+    assert [text for *_, text in sentences([source], lambda part: True, 2)] == ["one", "two", "four"]
+    left_out = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert [line.split(": ")[1] for line in left_out] == [f"pairs, record {number}" for number in (2, 3, 5, 7)]
 
 
 def test_pictures_are_read_by_threads_in_order_and_once(capsys):

@@ -153,6 +153,10 @@ def test_joins_to_examples_of_any_language(cache):
         row = joined({"source_text": "sentence 3", "text": text}, np.random.default_rng(0), True)
         np.testing.assert_allclose(row["target"], VALUES[3], rtol=1e-3)
         assert row["tokens"].shape == (3,)
+    for wrong in ({"text": "un"}, {"source_text": None}, {"source_text": ["sentence 3"]}, {"source_text": "\ud83d"}):
+        with pytest.raises(UserError, match="source_text` ") as raised:
+            joined(wrong, np.random.default_rng(0), True)
+        assert not isinstance(raised.value, FatalDataError)  # replaced, as with a live teacher
 
 
 def test_whole_numbers_by_encoded_picture(tmp_path):

@@ -15,7 +15,7 @@ import os
 import pathlib
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -324,6 +324,20 @@ class TeacherCache:
         return np.stack([self[sentence] for sentence in sentences])
 
 
+def english(example: Mapping[str, Any], field: str = "source_text") -> str:
+    """Returns the sentence of an example that the teacher reads.
+
+    Raises:
+        UserError: it has none, or one that no tokenizer takes, with half a surrogate pair; training replaces it.
+    """
+    text = example.get(field)
+    if not isinstance(text, str):
+        raise UserError(f"expected a `{field}` string, found {text!r:.80}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"`{field}` is not valid Unicode: {text!r:.80}")
+    return text
+
+
 @dataclasses.dataclass(frozen=True)
 class WithTarget:
     """A transform that adds `target` float32[dim], the teacher's embedding of the example's English sentence.
@@ -345,7 +359,7 @@ class WithTarget:
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
         """Applies the transform and joins the embedding."""
-        return {**self.transform(example, rng, train), "target": self.cache[example[self.field]]}
+        return {**self.transform(example, rng, train), "target": self.cache[english(example, self.field)]}
 
 
 @dataclasses.dataclass(frozen=True)

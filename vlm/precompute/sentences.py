@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vlm import sharding
 from vlm.data.ledger import FatalDataError
 from vlm.data.source import open_sources
-from vlm.data.teacher_cache import sentence_key
+from vlm.data.teacher_cache import english, sentence_key
 from vlm.errors import UserError
 from vlm.experiment import experiment, make_processor
 from vlm.models.altclip.loss import LossConfig, teacher_targets
@@ -62,14 +62,12 @@ def _sentences(sources: Sequence[Any], mine: running.Mine, part_size: int) -> It
     for source in sources:
         for index in tqdm(range(len(source)), desc=source.name, unit="pair", disable=not sys.stderr.isatty()):
             try:
-                text = source[index].get("source_text")
+                text = english(source[index])
             except FatalDataError:
                 raise
             except UserError as error:  # training replaces such an example too
                 print(f"left out: {source.name}, record {index}: {error}", file=sys.stderr)
                 continue
-            if not isinstance(text, str):
-                raise UserError(f"{source.name}, record {index}: expected a `source_text` string, found {text!r:.80}")
             if (key := sentence_key(text)) not in known:
                 part = len(known) // part_size
                 known.add(key)
