@@ -63,7 +63,8 @@ def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     elif devices[0].platform == "tpu":
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        grid = np.asarray(sorted(devices, key=lambda device: (*_place(device), device.id))).reshape(shape)
+        ordered = sorted(devices, key=lambda device: (*_place(device), device.id))
+        grid = np.asarray(ordered).reshape(shape)
     return group_by_host(grid)
 
 
