@@ -223,7 +223,7 @@ def test_sharded_equals_one_device(pair, prompts):
             split = jax.device_put(params, placed)
             prepared = prepare(pair.model, split)
             found = generate(pair.model, prepared, batch, **settings)
-        kernel = prepared.params["text"]["layers_0"]["attention"]["qkv"]["kernel"]
+        kernel = prepared.params["text"]["layers_0"]["attention"]["qkv"]["transposed_kernel"]
         assert not kernel.sharding.is_fully_replicated
         np.testing.assert_array_equal(found.sequences, expected.sequences)
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)

@@ -50,7 +50,8 @@ def test_grouped_heads_and_gated_mlp_fused(stack):
     """Prefill, then three rows per example that write the same tokens: all equal the full pass."""
     x, full, params = stack
     shapes = jax.tree.map(jnp.shape, params["layers_1"])
-    assert shapes["attention"]["qkv"] == {"kernel": (16, 2 * 4 * 4), "bias": (32,)}
+    assert shapes["attention"]["qkv"] == {"transposed_kernel": (2 * 4 * 4, 16), "bias": (32,)}
+    assert shapes["mlp"]["down"] == {"transposed_kernel": (16, 24), "bias": (16,)}
     assert shapes["mlp"]["gate_up"] == {"kernel": (16, 2, 24), "bias": (2, 24)}
 
     def run(part, where, mask, caches=None):

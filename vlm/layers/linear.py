@@ -21,6 +21,9 @@ Dtype = Any
 
 default_init = nn.initializers.normal(0.02)
 
+TRANSPOSED = "transposed_kernel"
+"""Name of a kernel [out, in] in parameters laid out for decoding (`layers.layout`), in place of "kernel" [in, out]."""
+
 
 def param(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
@@ -103,8 +106,14 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*b i"]) -> Float[Array, "*b o"]:
-        kernel = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-        y = matmul(jnp.asarray(x, self.dtype), kernel.astype(self.dtype))
+        x = jnp.asarray(x, self.dtype)
+        if self.has_variable("params", TRANSPOSED):
+            kernel = jnp.asarray(self.get_variable("params", TRANSPOSED), self.dtype)
+            y = jnp.dot(kernel, x.reshape(-1, x.shape[-1]).T, precision=exact(x, kernel)).T
+            y = y.reshape(*x.shape[:-1], self.features)
+        else:
+            kernel = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
+            y = matmul(x, kernel.astype(self.dtype))
         if self.use_bias:
             bias = param(self, "bias", self.bias_init, (self.features,), self.axes[1:])
             y = y + along_last(bias.astype(self.dtype), y)
