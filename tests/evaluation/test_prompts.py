@@ -52,6 +52,7 @@ def test_templates_given_as_they_are():
         (b"[]", "found none"),
         (b'["a", 3]', "list with int, str"),
         (b'["a", " "]', "number 1 is empty"),
+        (b'["a", "\\ud83d"]', r"number 1 is not valid Unicode: '\\ud83d'"),
         (b'"cat"', "found str"),
         (b'{"1": "a", "2": "b"}', "class numbers 0 to 1"),
         (b'{"x": 3}', "found int"),

@@ -104,6 +104,9 @@ def _strings(value: Any, path: str | Path, what: str) -> list[str]:
     empty = [number for number, item in enumerate(value) if not item.strip()]
     if empty:
         raise UserError(f"{path}: {what}: number {empty[0]} is empty")
+    for number, item in enumerate(value):
+        if any("\ud800" <= letter <= "\udfff" for letter in item):  # JSON can hold half a pair
+            raise UserError(f"{path}: {what}: number {number} is not valid Unicode: {item!r:.80}")
     return value
 
 
