@@ -112,9 +112,12 @@ def make_processor(settings: Config, family: Family) -> Any:
     Raises:
       UserError: an unknown setting, a tokenizer that is not there or has more tokens than the model.
     """
-    processor = family.processor.from_config(build(family.processor_type, settings.processor, "processor"))
-    model = build(family.config_type, settings.model, "model")
-    check_vocabularies(processor, model, build(family.loss_type, settings.loss, "loss"))
+    model, loss = build(family.config_type, settings.model, "model"), build(family.loss_type, settings.loss, "loss")
+    config: Any = build(family.processor_type, settings.processor, "processor")
+    if hasattr(config, "for_run"):
+        config = config.for_run(model, loss)
+    processor = family.processor.from_config(config)
+    check_vocabularies(processor, model, loss)
     return processor
 
 

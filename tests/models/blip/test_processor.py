@@ -249,6 +249,7 @@ def test_uint8_pictures_in_training_only(tokenizer):
         ("nlvr", {"image": [png()] * 2, "text": "x"}, "label: expected a class number, True or False, found None"),
         ("classification", {"text": "x", "label": "maybe"}, "label: expected a class number.*'maybe'"),
         ("classification", {"text": "x", "label": 1.0}, "label: expected a class number.*1.0"),
+        ("classification", {"text": "x", "label": 3}, "example 7: label: expected one of the classes 0 to 2, found 3"),
         ("retrieval", {"text": "x", "image_id": "coco_9"}, "image_id: expected a number.*'coco_9'.*number='image_id'"),
         ("retrieval", {"text": "x"}, "image_id: expected a number below"),
         ("vqa", {"question": "x", "answer": []}, "answer: expected a string or a list"),
@@ -263,7 +264,7 @@ def test_uint8_pictures_in_training_only(tokenizer):
 )
 def test_a_wrong_example_is_named(tokenizer, task, example, message):
     with pytest.raises(UserError, match=message):
-        make(tokenizer, task).example({"key": 7} | example, rng(), True)
+        make(tokenizer, task, num_labels=3).example({"key": 7} | example, rng(), True)
 
 
 def test_wrong_calls_settings_and_folders_are_named(tokenizer, shared_data, tmp_path):

@@ -4,13 +4,17 @@ import dataclasses
 
 import pytest
 
+from vlm.config import build, complete
 from vlm.data.image import ImageSettings
 from vlm.encoders.vit import ViTConfig
 from vlm.errors import UserError
+from vlm.experiment import make_processor
 from vlm.fusion.med import MedConfig
+from vlm.models.blip import FAMILY
 from vlm.models.blip.config import BLIPConfig
 from vlm.models.blip.loss import OBJECTIVES, LossConfig
 from vlm.models.blip.processor_config import LIMITS, ProcessorConfig
+from vlm.schema import Config
 
 VIT = ViTConfig(8, 1, 2, 8, 24, 8)
 STACK = MedConfig(40, 8, 1, 2, 8, 256, 8)
@@ -38,6 +42,17 @@ def _check(kind, objective=None, model=(), **settings):
 @pytest.mark.parametrize("task", LIMITS)
 def test_what_fits_is_accepted(task):
     _check(task)
+
+
+@pytest.mark.parametrize(("objective", "classes"), [("classification", 3), ("matching", 2)])
+def test_labels_are_the_classes_of_what_learns_from_them(objective, classes):
+    sections = {"model": MODELS["classification"] | {"itm": True}, "loss": {"objective": objective}}
+    settings = build(Config, complete({"family": "blip", **sections, "processor": {"task": "classification"}}), "")
+    assert make_processor(settings, FAMILY).config.num_labels == classes
+    _check("classification", objective, {"itm": True}, num_labels=classes)
+    message = f"config.processor.num_labels: expected the {classes} classes of objective '{objective}', found 4"
+    with pytest.raises(UserError, match=message):
+        _check("classification", objective, {"itm": True}, num_labels=4)
 
 
 def test_every_objective_is_known():

@@ -223,7 +223,7 @@ class Processor:
             }
             return targets.answers(example["answer"], self._tokenizer(), f"{name}: answer", **options)
         if task in ("nlvr", "classification") and (train or example.get("label") is not None):
-            return {"labels": targets.label(example.get("label"), f"{name}: label")}
+            return {"labels": targets.label(example.get("label"), f"{name}: label", self.config.num_labels)}
         return {}
 
     def _cleaned(self, text: str) -> str:

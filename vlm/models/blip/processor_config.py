@@ -50,6 +50,7 @@ class ProcessorConfig:
         max_answers, answer_length: different answers kept of a question, the most frequent ones, and tokens of each.
         single_answer_weight: of an answer that is a string, as Visual Genome's, not a list of several people's.
         caption_length: tokens of the caption that a dialog is about.
+        num_labels: classes; every label must be one of them. None: in training those that the model tells apart.
         normalise: False makes training examples with uint8 pictures, that the training step normalises on the device.
     """
 
@@ -65,12 +66,14 @@ class ProcessorConfig:
     answer_length: int = 16
     single_answer_weight: float = 0.2
     caption_length: int = 40
+    num_labels: int | None = None
     normalise: bool = True
 
     def __post_init__(self) -> None:
         if self.task not in LIMITS:
             raise UserError(f"task: expected one of {', '.join(LIMITS)}, found {self.task!r}")
         lengths = {"max_length": 3, "max_words": 1, "max_answers": 1, "answer_length": 3, "caption_length": 3}
+        lengths["num_labels"] = 1
         for name, least in lengths.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -87,6 +90,10 @@ class ProcessorConfig:
     def words(self) -> int:
         """Words of a cleaned text."""
         return self.max_words or LIMITS[self.task][1]
+
+    def for_run(self, model: Any, loss: Any) -> ProcessorConfig:
+        """These settings in a run that trains `model` for `loss`: labels are the classes of what learns from them."""
+        return dataclasses.replace(self, num_labels=_classes(model, loss))
 
     def check(self, model: Any, loss: Any) -> None:
         """Whether the examples fit the architecture and the objective of a run.
@@ -109,6 +116,9 @@ class ProcessorConfig:
         if (self.task == "nlvr") != (model.num_images == 2):
             images = f"task {self.task!r} expects {1 + (self.task == 'nlvr')}"
             raise UserError(f"config.model.num_images: {images}, found {model.num_images}")
+        if self.num_labels not in (None, _classes(model, loss)):
+            expected = f"expected the {_classes(model, loss)} classes of objective {loss.objective!r}"
+            raise UserError(f"config.processor.num_labels: {expected}, found {self.num_labels}")
         side, size = model.vision.image_size, self.image.output_size
         if size != (side, side):
             found = "pictures of any size" if size is None else "{} x {}".format(*size)
@@ -141,3 +151,8 @@ class ProcessorConfig:
                 if not 0 <= getattr(model, key) < stack.vocab_size:
                     expected = f"expected an id of the {stack.vocab_size} tokens of config.model.{name}"
                     raise UserError(f"config.model.{key}: {expected}, found {getattr(model, key)}")
+
+
+def _classes(model: Any, loss: Any) -> int | None:
+    """How many classes the objective tells apart; the matching head knows right and wrong."""
+    return 2 if loss.objective == "matching" else model.num_labels

@@ -60,13 +60,15 @@ def image_id(example: Mapping[str, Any], name: str) -> np.ndarray:
     return np.asarray(value, np.int32)
 
 
-def label(value: Any, name: str) -> np.ndarray:
-    """A class number int32[]; True and False, also as words, are 1 and 0.
+def label(value: Any, name: str, count: int | None = None) -> np.ndarray:
+    """A class number int32[], of `count` classes; True and False, also as words, are 1 and 0.
 
     Raises:
-        UserError: something else; `name` says where.
+        UserError: something else, or a class that is not among them; `name` says where.
     """
     value = _TRUTHS.get(value.strip().lower(), value) if isinstance(value, str) else value
     if not isinstance(value, (int, np.integer, np.bool_)) or not 0 <= int(value) < 2**31:
         raise UserError(f"{name}: expected a class number, True or False, found {value!r:.80}")
+    if count is not None and int(value) >= count:
+        raise UserError(f"{name}: expected one of the classes 0 to {count - 1}, found {int(value)}")
     return np.asarray(int(value), np.int32)
