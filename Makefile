@@ -1,4 +1,5 @@
-# `make demo` and `make test` both start from a machine that has Python 3.11 and nothing else.
+# `make demo` and `make test` both start from a machine that has Python 3.11 and nothing else
+# (PYTHON=python3.12 takes another; jax 0.11 needs 3.12).
 PYTHON ?= python3.11
 BIN := .venv/bin
 
