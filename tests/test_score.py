@@ -166,6 +166,7 @@ def test_retrieval(run, tmp_path):
         ),
         (["vqa", "--results=r", "--annotations=a", "--annotations=b"], "expected one file for vqa, found 2"),
         (["nlvr2", "--results=r", "--annotations=a", "--output=/nowhere/o.json"], "--output: no folder /nowhere"),
+        (["nlvr2", "--results=r", "--annotations=a", "--output=."], "--output: expected the name of a file, found the"),
     ],
 )
 def test_wrong_calls(options, message, capsys):

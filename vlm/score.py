@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--annotations: expected one file for {options.task}, found {len(options.annotations)}")
         if options.output and not Path(options.output).absolute().parent.is_dir():
             raise UserError(f"--output: no folder {Path(options.output).absolute().parent}")
+        if options.output and Path(options.output).is_dir():
+            raise UserError(f"--output: expected the name of a file, found the folder {options.output}")
         metrics, examples = _TASKS[options.task](options)
         metrics = {"task": options.task, **metrics}
         if options.output:
