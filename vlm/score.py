@@ -65,9 +65,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--answer_ids", choices=("as_is", "distinct"), help="vqa: how annotators are told apart (default as_is)"
     )
-    parser.add_argument(
-        "--normalise", choices=("always", "disagreement"), help="vqa: when answers are normalised (default always)"
-    )
+    parser.add_argument("--normalise", choices=vqa.NORMALISE, help="vqa: which answers are normalised (default always)")
     parser.add_argument("--output", metavar="FILE.json", help="write the metrics and every example's scores")
     return parser
 

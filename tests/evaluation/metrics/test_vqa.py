@@ -57,6 +57,12 @@ def test_modes_of_normalising():
     assert vqa.accuracy("Black.", same) == 1
     assert vqa.accuracy("Black.", same, normalise_answers="disagreement") == 0
     assert vqa.accuracy("Black.", annotated(*["black"] * 9, "red"), normalise_answers="disagreement") == 1
+    people = annotated(*["two"] * 5, *["2."] * 4, "red, white")
+    assert vqa.accuracy("Two", people) == vqa.accuracy("two.", people, normalise_answers="disagreement") == 1
+    assert vqa.accuracy("Two", people, normalise_answers="punctuation") == 1  # "2" as four say
+    assert vqa.accuracy("two", annotated(*["two"] * 10), normalise_answers="punctuation") == 0
+    assert vqa.accuracy("2", annotated(*["2."] * 10), normalise_answers="punctuation") == 0
+    assert vqa.accuracy("black", annotated(*["Black"] * 5, *["black!"] * 5), normalise_answers="punctuation") == 0
 
 
 def test_equal_answers_without_ids_count_once():

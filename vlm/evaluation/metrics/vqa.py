@@ -5,7 +5,8 @@ official code has peculiarities that are part of every published number; they ar
 mode has a name that is reported with the number:
 
 * Published evaluators differ in when they normalise answers: `always`, or only where the annotators disagree
-  (`disagreement`), so that "Black." is wrong where all say "black".
+  (`disagreement`), so that "Black." is wrong where all say "black". LAVIS' (`punctuation`) always normalises the answer
+  that is judged, but of the annotators' only the punctuation, where they disagree: "two" is wrong where all say "two".
 * "Other" answers are those whose whole record differs. Where annotations carry no `answer_id`, as VizWiz's, equal
   answers are taken for one and the same (`as_is`); `distinct` tells annotators apart by their position.
 """
@@ -22,8 +23,9 @@ from typing import Any, Literal
 
 from vlm.errors import UserError
 
-Normalise = Literal["always", "disagreement"]
+Normalise = Literal["always", "disagreement", "punctuation"]
 AnswerIds = Literal["as_is", "distinct"]
+NORMALISE: tuple[Normalise, ...] = ("always", "disagreement", "punctuation")
 ANSWER_IDS: tuple[AnswerIds, ...] = ("as_is", "distinct")
 DIGITS = 4  # of a percentage, as rounded by the official tool
 
@@ -77,14 +79,18 @@ class VqaScores:
 @functools.lru_cache(maxsize=1 << 18)
 def normalise(answer: str) -> str:
     """An answer as it is compared: punctuation, case, number words, articles, contractions."""
+    words = [NUMBERS.get(word, word) for word in punctuate(answer).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def punctuate(answer: str) -> str:
+    """The part of `normalise` that is about punctuation."""
     drop = _COMMA.search(answer) is not None
     text = answer
     for mark in _PUNCTUATION:
         if mark in answer:
             text = text.replace(mark, "" if drop or f"{mark} " in answer or f" {mark}" in answer else " ")
-    text = _PERIOD.sub("", text, count=_MOST_PERIODS)
-    words = [NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return _PERIOD.sub("", text, count=_MOST_PERIODS)
 
 
 def accuracy(
@@ -100,10 +106,13 @@ def accuracy(
       annotated: the annotators' records, `{"answer": …, "answer_id": …, …}`.
       normalise_answers, answer_ids: see the module.
     """
-    texts = [_clean(record["answer"]) for record in annotated]
-    answer = _clean(answer)
-    if normalise_answers == "always" or len(set(texts)) > 1:
-        texts, answer = [normalise(text) for text in texts], normalise(answer)
+    texts, answer = [record["answer"] for record in annotated], _clean(answer)
+    if normalise_answers == "punctuation":
+        texts, answer = [punctuate(text) for text in texts] if len(set(texts)) > 1 else texts, normalise(answer)
+    else:
+        texts = [_clean(text) for text in texts]
+        if normalise_answers == "always" or len(set(texts)) > 1:
+            texts, answer = [normalise(text) for text in texts], normalise(answer)
     matches = texts.count(answer)
     if answer_ids == "distinct" or _told_apart(annotated):
         same = [1] * len(texts)
