@@ -85,6 +85,7 @@ def test_presets():
     assert (coco.num_beams, coco.max_length, coco.min_length, coco.repetition_penalty) == (3, 20, 5, 1.0)
     assert generation_config("nocaps", {}, "g").repetition_penalty == 1.1
     assert generation_config("coco", {"max_new_tokens": 7}, "g").max_length is None
+    assert [generation_config("coco", {"max_length": n}, "g").min_length for n in (4, 5)] == [0, 5]
     with pytest.raises(UserError, match="num_beam.* did you mean 'num_beams'"):
         generation_config("coco", {"num_beam": 2}, "g")
 

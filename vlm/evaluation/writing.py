@@ -36,7 +36,8 @@ def generation_config(
 ) -> GenerationConfig:
     """A preset with some settings replaced.
 
-    A limit on new tokens replaces that on the length, and one beam has no normalisation.
+    A limit on new tokens replaces that on the length, a limit below the preset's least length replaces that too, and
+    one beam has no normalisation.
 
     Args:
       several: allow more than one text per example.
@@ -48,6 +49,9 @@ def generation_config(
     for given, replaced in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
         if settings.get(given) is not None:
             chosen.pop(replaced, None)
+    limit = settings.get("max_length")
+    if isinstance(limit, int) and limit < chosen.get("min_length", 0):
+        chosen.pop("min_length")
     if settings.get("num_beams", chosen.get("num_beams", 1)) == 1:
         chosen.pop("beam_normalisation", None)
     config = build(GenerationConfig, chosen | dict(settings), path)
