@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
@@ -51,7 +52,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a `UserError`, or a file that cannot be there or be read or written, into one line and exit status 2."""
+    """Turns a `UserError`, or a file that cannot be there or be read or written, into one line and exit status 2.
+
+    What standard output cannot encode, such as a file name that is not UTF-8, is written as an escape, as JSON has it.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

@@ -1,6 +1,8 @@
 """Prediction on a fake model with known answers, and everything a user can get wrong."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -82,6 +84,15 @@ def test_classify_with_files_and_templates(run, images, tmp_path):
     status, out, _ = run("--task=classify", f"--image={picture}", f"--text=@{tmp_path / 'labels.txt'}", *arguments)
     assert status == 0 and answer(out)["results"][0]["prediction"] == "rojo"
     assert json.loads((tmp_path / "o.json").read_text()) == answer(out)
+
+
+def test_a_picture_whose_name_is_not_utf8(run, images, tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    shutil.copy(images / "a_red.png", name)
+    output = tmp_path / "o.json"
+    status, out, _ = run("--task=classify", f"--image={name}", "--text=红", "--text=blue", f"--output={output}")
+    assert status == 0 and answer(out)["results"][0]["image"] == name
+    assert json.loads(output.read_text(encoding="utf-8")) == answer(out) and "红" in out
 
 
 def test_retrieve_both_ways(run, images):

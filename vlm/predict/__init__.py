@@ -184,5 +184,6 @@ def _predict(options: argparse.Namespace, images: list[Path], texts: list[str]) 
     else:
         answer = (contrastive if options.task in CONTRASTIVE else grounded).run(options, images, texts, loaded)
     if options.output and options.task not in OUTPUTS:
-        write(Path(options.output), json.dumps(answer, indent=2, ensure_ascii=False).encode() + b"\n")
+        content = json.dumps(answer, indent=2, ensure_ascii=False) + "\n"
+        write(Path(options.output), content.encode(errors="backslashreplace"))
     return answer
