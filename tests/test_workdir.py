@@ -58,6 +58,11 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path):
     with pytest.raises(UserError, match=r"model\.width: 3 -> 4; optimizer\.lr: 0\.0001 -> 0\.5 .*--allow"):
         workdir.check_config(tmp_path, changed)
     workdir.check_config(tmp_path, changed, allow_change=True)
+    other = {"mesh": {"data": 2, "fsdp": 4}}
+    workdir.check_config(tmp_path, complete({"family": "altclip", "model": {"width": 3}, "sharding": other}))
+    with pytest.raises(UserError, match=r"configuration: optimizer\.lr: 0\.0001 -> 0\.5 \(another"):
+        both = {"family": "altclip", "model": {"width": 3}, "sharding": other, "optimizer": {"lr": 0.5}}
+        workdir.check_config(tmp_path, complete(both))
     many = complete({"family": "altclip", "model": {"width": 3} | {f"k{i}": i for i in range(30)}})
     with pytest.raises(UserError, match="and 22 more"):
         workdir.check_config(tmp_path, many)

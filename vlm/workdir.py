@@ -77,7 +77,7 @@ def _remove(workdir: Path, made: Sequence[Path]) -> None:
 
 
 def check_config(workdir: Path, config: Any, allow_change: bool = False) -> None:
-    """Refuses a folder that was started with another configuration.
+    """Refuses a folder that was started with another configuration. Another mesh goes on: it changes roundings only.
 
     Raises:
       UserError: with the difference, up to a few keys.
@@ -85,7 +85,7 @@ def check_config(workdir: Path, config: Any, allow_change: bool = False) -> None
     path = workdir / "config.json"
     if not path.exists() or allow_change:
         return
-    changes = diff(parse_config_flag(str(path)), config)
+    changes = [line for line in diff(parse_config_flag(str(path)), config) if not line.startswith("sharding.mesh")]
     if changes:
         more = f"; and {len(changes) - MAX_SHOWN} more" if len(changes) > MAX_SHOWN else ""
         raise UserError(
