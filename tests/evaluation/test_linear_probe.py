@@ -30,6 +30,13 @@ def test_sweeps_on_held_out_training_images(model, params, processor, colours):
     assert result.metrics["top1"] >= 0.8 and progress[-1] == 55
 
 
+def test_every_class_is_held_out_in_whatever_order_they_come():
+    probe = LinearProbe(LinearProbeConfig({}, {}), None, None)
+    for labels in (np.arange(100) % 10, np.arange(100) // 10):
+        held_out = probe._held_out(labels)
+        assert (np.bincount(labels[held_out]) == 2).all() and (np.bincount(labels[~held_out]) == 8).all()
+
+
 def test_wrong_inputs(model, params, processor, colours):
     spec, _ = colours(count=3)
     with pytest.raises(UserError, match="expected a class number as label, found 'red'"):

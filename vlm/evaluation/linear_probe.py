@@ -32,7 +32,7 @@ class LinearProbeConfig:
         class token (as the FLAVA paper does).
       penalty: of the squared kernel (scikit-learn's 1 / C); None sweeps it and then fits again on all there is to fit.
       validation_data: a source that the sweep is judged on, where the data set has such a part; else
-      validation: share of `train` that it is judged on (every n-th example).
+      validation: share of `train` that it is judged on (every n-th example, class by class).
       solver: "lbfgs" is optax's; "sklearn" scikit-learn's (extra `probe`).
     """
 
@@ -116,9 +116,7 @@ class LinearProbe:
         count = int(max(labels.max(), test_labels.max())) + 1
         penalty, looked_at = self.config.penalty, {}
         if penalty is None:
-            held_out = (
-                self._held_out(len(labels)) if self.validation is None else _after(len(fitted[0][1]), len(labels))
-            )
+            held_out = self._held_out(labels) if self.validation is None else _after(len(fitted[0][1]), len(labels))
             penalty, looked_at = self._sweep(features, labels, count, held_out)
         kernel, bias = self._fit(features, labels, count, penalty)
         scores = test_features @ kernel + bias
@@ -152,12 +150,12 @@ class LinearProbe:
             ],
         )
 
-    def _held_out(self, count: int) -> np.ndarray:
-        # Every n-th example, so that a source sorted by class is split within each class.
-        step = max(2, round(1 / self.config.validation))
-        held_out = np.arange(count) % step == step - 1
+    def _held_out(self, labels: np.ndarray) -> np.ndarray:
+        # Counted class by class: where classes take turns, every n-th example would be of the same few.
+        step, held_out = max(2, round(1 / self.config.validation)), np.zeros(len(labels), bool)
+        held_out[np.argsort(labels, kind="stable")[step - 1 :: step]] = True
         if not held_out.any():
-            raise UserError(f"linear probe: expected at least {step} training images for a sweep, found {count}")
+            raise UserError(f"linear probe: expected at least {step} training images for a sweep, found {len(labels)}")
         return held_out
 
     def _sweep(
