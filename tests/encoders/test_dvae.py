@@ -36,6 +36,14 @@ def test_half_precision_pictures_are_encoded_in_float32(params):
     np.testing.assert_array_equal(run(half), run(half.astype(jnp.float32)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_weights_of_half_precision_are_used_in_float32(params, dtype):
+    half = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    found = MODEL.apply({"params": half}, IMAGE)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, MODEL.apply({"params": jax.tree.map(jnp.float32, half)}, IMAGE))
+
+
 def test_words_are_the_likeliest_of_each_cell(params):
     logits = MODEL.apply({"params": params}, IMAGE)
     assert logits.shape == (2, 2, 3, 6)

@@ -58,7 +58,7 @@ class Conv(nn.Module):
     def __call__(self, x: Float[AnyArray, "*b c"]) -> Float[Array, "*b d"]:
         x, shape = jnp.asarray(x), (self.side, self.side, x.shape[-1], self.features)
         init = nn.initializers.normal(1 / math.sqrt(math.prod(shape[:3])))
-        kernel = param(self, "kernel", init, shape, (None, None, None, None))
+        kernel = param(self, "kernel", init, shape, (None, None, None, None)).astype(jnp.float32)
         bias = param(self, "bias", nn.initializers.zeros_init(), shape[3:], (None,))
         if self.side == 1:
             return jnp.dot(x, kernel[0, 0], precision="highest") + along_last(bias, x)
