@@ -143,7 +143,7 @@ def test_wrong_input_leaves_nothing(tmp_path, content, dtype, message):
 
 
 def test_existing_cache_is_kept(cache):
-    with pytest.raises(UserError, match="already there"):
+    with pytest.raises(UserError, match="exists already"):
         write_cache(cache, batches(), teacher="clip")
 
 

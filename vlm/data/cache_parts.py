@@ -98,7 +98,7 @@ class CacheParts:
         """
         if missing := sorted({*range(count)} - {*self.finished()}):
             raise UserError(f"{self._file(missing[0])}: missing; is this folder shared by all hosts?")
-        for begun in self.path.glob("cache*"):  # a stopped process left it
+        for begun in self.path.glob("*cache*"):  # a stopped process left it
             shutil.rmtree(begun)
         options = {"dtype": self.about["dtype"], "vocab_size": self.about.get("vocab_size")}
         made = self.path / "cache"

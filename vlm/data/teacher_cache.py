@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,9 +20,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Num
 
+from vlm.convert.writer import new_folder
 from vlm.data.ledger import FatalDataError
 from vlm.errors import UserError, did_you_mean
-from vlm.manifest import fsync_directory
 
 _DTYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "uint16": np.uint16}
 _FORMAT = 1
@@ -92,28 +91,16 @@ def write_cache(
         rows_per_shard: rows of one file.
 
     Raises:
-        UserError: the folder is there already, an unknown dtype, shapes that do not fit, values that are not finite
-            (in `dtype`) or not below `vocab_size`, or no item at all.
+        UserError: the folder is there already or cannot be made, an unknown dtype, shapes that do not fit, values that
+            are not finite (in `dtype`) or not below `vocab_size`, or no item at all.
     """
-    path = pathlib.Path(path)
-    if path.exists():
-        raise UserError(f"{path}: already there")
     if dtype not in _DTYPES:
         raise UserError(f"cache dtype {dtype!r}{did_you_mean(dtype, _DTYPES)}")
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        writer = _Writer(temporary, dtype, rows_per_shard, vocab_size)
+    with new_folder(pathlib.Path(path)) as draft:
+        writer = _Writer(draft, dtype, rows_per_shard, vocab_size)
         for sentences, embeddings in batches:
             writer.add(sentences, np.asarray(embeddings))
-        count = writer.finish(teacher)
-        fsync_directory(temporary)
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return count
+        return writer.finish(teacher)
 
 
 def stored_rows(
