@@ -110,6 +110,19 @@ def test_progress_lines(monkeypatch):
     assert "nothing" not in stream.getvalue()
 
 
+def test_progress_of_work_that_is_not_steps(monkeypatch):
+    clock, stream = Clock(monkeypatch), io.StringIO()
+    progress = metrics.Progress(100, start=20, stream=stream, unit="picture")
+    for seconds, step, examples in ((9, 30, None), (2, 42, None), (3, 60, None), (10, 80, 12), (1, 100, None)):
+        clock.now += seconds
+        progress.moved(step, examples)
+    assert stream.getvalue().splitlines() == [
+        "picture 42/100 | 2 examples/s | eta 29s",
+        "picture 80/100 | 0.5 examples/s | eta 8s",
+        "picture 100/100 | 3.2 examples/s | eta 0s",
+    ]
+
+
 def test_progress_on_a_terminal(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: True)

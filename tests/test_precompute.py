@@ -68,7 +68,8 @@ def test_cached_and_live_teacher_give_the_same_loss(folder, capsys):
     config = f"--config={CONFIG}:tiny_teacher,{folder}"
     assert precompute.main([config, f"--output={folder / 'cache'}", "--dtype=float32", "--batch_size=13"]) == 0
     cache = TeacherCache(folder / "cache", verify=True)
-    assert f"{len(cache)} sentences" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{len(cache)} sentences" in said.out and re.search(r"^pair (\d+)/\1 \| ", said.err, re.M)
     _, params, _ = vlm.load(folder / "clip")
     live, live_keys = _loss("tiny_teacher", folder, {"teacher": {k: params[k] for k in ("text", "text_projection")}})
     cached, cached_keys = _loss("tiny_teacher_cached", folder, {})
@@ -151,8 +152,9 @@ def test_cached_visual_words_are_the_codebooks(scenes, capsys):
     words = folder / "words"
     options = ["--config.processor.augment=None", f"--output={words}", "--batch_size=3"]
     assert precompute.main([*flags, *options]) == 0
-    assert "4 pictures" in (out := capsys.readouterr().out)
-    command = shlex.split(out.partition("train with ")[2])
+    said = capsys.readouterr()
+    assert "4 pictures" in said.out and re.search(r"^picture (\d+)/\1 \| ", said.err, re.M)
+    command = shlex.split(said.out.partition("train with ")[2])
     assert train.main([flags[0], *command, f"--workdir={folder / 'run'}", "--dry_run"]) == 0
     batches = capsys.readouterr().out.split("== one batch of ")[1:]
     shown = [re.search("^patch_labels +32x36 +int32$", batch, re.M) for batch in batches]

@@ -20,6 +20,8 @@ from vlm.manifest import write_atomically
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"
+REPORT_SECONDS = 10.0
+"""Between two lines of `Progress.moved`."""
 
 
 class MetricsWriter:
@@ -150,7 +152,8 @@ class Progress:
     def __init__(
         self, steps: int, start: int = 0, stream: TextIO | None = None, enabled: bool = True, unit: str = "step"
     ):
-        self._steps, self._start, self._began = steps, start, time.monotonic()
+        self._steps, self._start = steps, start
+        self._began = self._reported = time.monotonic()
         self._stream = sys.stderr if stream is None else stream
         self._enabled, self._bar, self._unit = enabled, None, unit
         if enabled and self._stream.isatty():
@@ -162,6 +165,19 @@ class Progress:
         """Moves the bar to `step` finished steps."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
+
+    def moved(self, step: int, examples: float | None = None) -> None:
+        """Moves the bar; now and then, and at the end, shows how many examples a second there were.
+
+        Args:
+          step: finished steps. examples: since the beginning, where a step is something else.
+        """
+        self.advance(step)
+        now = time.monotonic()
+        if now - self._reported >= REPORT_SECONDS or step == self._steps:
+            self._reported = now
+            done = step - self._start if examples is None else examples
+            self.report(step, {"examples_per_second": done / max(now - self._began, 1e-9)})
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the metrics of `step`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ KINDS: dict[str, tuple[type, Any]] = {
     "losses": (LossesConfig, Losses),
     "visual_dialog": (DialogConfig, VisualDialog),
 }
-REPORT_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,18 +184,8 @@ def check(
 
 
 def _run(name: str, evaluator: Evaluator, embedder: Embedder, show: bool) -> Result:
-    began = last = time.monotonic()
     progress = Progress(evaluator.size, enabled=show, unit=name)
-
-    def advance(done: int) -> None:
-        nonlocal last
-        progress.advance(done)
-        now = time.monotonic()
-        if now - last >= REPORT_SECONDS or done == evaluator.size:
-            last = now
-            progress.report(done, {"examples_per_second": done / max(now - began, 1e-9)})
-
     try:
-        return evaluator(embedder, advance)
+        return evaluator(embedder, progress.moved)
     finally:
         progress.close()

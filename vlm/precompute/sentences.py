@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tqdm import tqdm
+import jax
 
 from vlm import sharding
 from vlm.data.ledger import FatalDataError
@@ -15,6 +16,7 @@ from vlm.data.source import open_sources
 from vlm.data.teacher_cache import english, sentence_key
 from vlm.errors import UserError
 from vlm.experiment import experiment, make_processor
+from vlm.metrics import Progress
 from vlm.models.altclip.loss import LossConfig, teacher_targets
 from vlm.precompute import running
 from vlm.schema import Config
@@ -59,8 +61,20 @@ def precompute(settings: Config, output: str, dtype: str, batch_size: int = 128,
 def _sentences(sources: Sequence[Any], mine: running.Mine, part_size: int) -> Iterator[tuple[int, Any, str]]:
     """Every distinct English sentence, in order, as an item of `running`: it names itself. All hosts read all text."""
     known: set[bytes] = set()
-    for source in sources:
-        for index in tqdm(range(len(source)), desc=source.name, unit="pair", disable=not sys.stderr.isatty()):
+    for text in _texts(sources):
+        if (key := sentence_key(text)) not in known:
+            part = len(known) // part_size
+            known.add(key)
+            yield part, text if mine(part) else None, text
+
+
+def _texts(sources: Sequence[Any]) -> Iterator[str]:
+    """The English side of every pair, with a line of progress."""
+    progress = Progress(sum(map(len, sources)), enabled=jax.process_index() == 0, unit="pair")
+    records = ((source, index) for source in sources for index in range(len(source)))
+    with contextlib.closing(progress):
+        for done, (source, index) in enumerate(records, start=1):
+            progress.moved(done)
             try:
                 text = english(source[index])
             except FatalDataError:
@@ -68,7 +82,4 @@ def _sentences(sources: Sequence[Any], mine: running.Mine, part_size: int) -> It
             except UserError as error:  # training replaces such an example too
                 print(f"left out: {source.name}, record {index}: {error}", file=sys.stderr)
                 continue
-            if (key := sentence_key(text)) not in known:
-                part = len(known) // part_size
-                known.add(key)
-                yield part, text if mine(part) else None, text
+            yield text

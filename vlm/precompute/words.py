@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -14,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from vlm import sharding
 from vlm.config import build
@@ -24,6 +24,7 @@ from vlm.data.teacher_cache import Key, picture_key
 from vlm.errors import UserError
 from vlm.experiment import make_processor
 from vlm.loading import expected_params
+from vlm.metrics import Progress
 from vlm.models import get_family
 from vlm.precompute import running
 from vlm.schema import Config
@@ -129,27 +130,27 @@ def pictures(
             print(f"left out: {source.name}, record {index}: {error}", file=sys.stderr)
             return None
 
-    def taken(part: int, known: set[Key], future: Future | None) -> tuple[int, Key | None, Any]:
+    def taken(part: int, known: set[Key], records: int, future: Future | None) -> tuple[int, Key | None, Any]:
+        nonlocal done
         found = future.result() if future is not None else None
+        progress.moved(done := done + records)
         if found is None or found[0] in known:
             return part, None, None
         known.add(found[0])
         return part, *found
 
-    ahead: deque[tuple[int, set[Key], Future | None]] = deque()
-    progress = tqdm(total=total, unit="picture", disable=not sys.stderr.isatty())
-    with progress, ThreadPoolExecutor(max(1, threads), "pictures") as pool:
+    ahead: deque[tuple[int, set[Key], int, Future | None]] = deque()
+    progress, done = Progress(total, enabled=jax.process_index() == 0, unit="picture"), 0
+    with contextlib.closing(progress), ThreadPoolExecutor(max(1, threads), "pictures") as pool:
         try:
             for part in range(-(-total // part_size)):
                 numbers, known = range(part * part_size, min(total, (part + 1) * part_size)), set()
                 for number in numbers if mine(part) else ():
-                    ahead.append((part, known, pool.submit(read, number, known)))
-                    progress.update()
+                    ahead.append((part, known, 1, pool.submit(read, number, known)))
                     if len(ahead) > _AHEAD * max(1, threads):
                         yield taken(*ahead.popleft())
                 if not mine(part):
-                    ahead.append((part, known, None))
-                    progress.update(len(numbers))
+                    ahead.append((part, known, len(numbers), None))
             while ahead:
                 yield taken(*ahead.popleft())
         finally:  # the consumer may have stopped: what has not begun is not waited for
