@@ -133,6 +133,9 @@ def test_wrong_files(tmp_path, program):
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(UserError, match=r"wrong\.json"):
             configs.load(str(tmp_path / "wrong.json"))
+    (tmp_path / "wrong.json").write_text('{"family": "toy", "train": {"steps": 1, "seed": 0, "steps": 2}}')
+    with pytest.raises(UserError, match="not a JSON configuration: 'steps' appears twice$"):
+        configs.load(str(tmp_path / "wrong.json"))
 
 
 def test_json_reads_back_what_was_recorded(tmp_path, program):

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from vlm import schema
 from vlm.errors import Parser, UserError, did_you_mean
-from vlm.strict import build, plain
+from vlm.strict import build, plain, unique_keys
 
 __all__ = [
     "build",
@@ -126,7 +126,7 @@ def load(value: str) -> ConfigDict:
 
 def _load_json(path: pathlib.Path) -> ConfigDict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(path.read_text(encoding="utf-8"), **_STRICT)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON configuration: {error}") from None
     if not isinstance(content, dict):
@@ -136,6 +136,9 @@ def _load_json(path: pathlib.Path) -> ConfigDict:
 
 def _refuse_constant(name: str) -> typing.NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+_STRICT: dict[str, Any] = {"parse_constant": _refuse_constant, "object_pairs_hook": unique_keys}
 
 
 def _tuples(value: Any) -> Any:

@@ -44,6 +44,15 @@ def build(cls: type[T], config: Mapping[str, Any] | ConfigDict, path: str, inher
     return _build(cls, given, path, inherited or {}, None)
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` for `json.loads` that refuses a key given twice, of which it would drop the first."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return result
+
+
 def at_least(bound: float, settings: Any, *names: str) -> None:
     """For `__post_init__`: raises ValueError where a field that is not None is below `bound`."""
     for name in names:

@@ -56,6 +56,7 @@ def test_templates_given_as_they_are():
         (b'"cat"', "found str"),
         (b'{"1": "a", "2": "b"}', "class numbers 0 to 1"),
         (b'{"x": 3}', "found int"),
+        (b'{"0": "a", "1": "b", "1": "c"}', "'1' appears twice"),
         (b"[" * 100_000, "not JSON"),
     ],
 )

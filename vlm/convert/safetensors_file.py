@@ -16,6 +16,7 @@ import safetensors
 
 from vlm.convert.views import TensorView, from_array
 from vlm.errors import UserError
+from vlm.strict import unique_keys
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -67,11 +68,3 @@ def _view(path: Path, data: np.ndarray, start: int, name: str, entry: dict[str, 
     if max(shape, default=0) >= 2**48 or len(shape) > 16 or math.prod(shape) * dtype.itemsize != end - begin:
         raise UserError(f"{path}: tensor {name!r} of shape {list(shape)} does not fill its {end - begin} bytes")
     return from_array(np.ndarray(shape, dtype, buffer=data, offset=start + begin))
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` for `json.loads` that refuses a key given twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice")
-    return result

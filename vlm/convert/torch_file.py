@@ -15,10 +15,11 @@ import numpy as np
 
 from vlm.convert import pickled
 from vlm.convert.pickled import Record, StoredTensor
-from vlm.convert.safetensors_file import open_safetensors, unique_keys
+from vlm.convert.safetensors_file import open_safetensors
 from vlm.convert.views import TensorView, from_array
 from vlm.convert.zip_file import stored_members
 from vlm.errors import UserError
+from vlm.strict import unique_keys
 from vlm.tree import listing
 
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C

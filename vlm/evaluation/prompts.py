@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import UserError, did_you_mean
+from vlm.strict import unique_keys
 
 MAX_BYTES = 64 << 20
 _HOLES = ("{c}", "{}")
@@ -78,7 +79,7 @@ def _read(path: str | Path, what: str) -> Any:
     if path.suffix != ".json":
         return [line for line in (line.strip() for line in text.splitlines()) if line]
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
 
