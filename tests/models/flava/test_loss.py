@@ -205,6 +205,26 @@ def test_the_codebook_labels_live_or_before(pair):
     np.testing.assert_allclose(*values, rtol=1e-6)
 
 
+def test_patches_row_by_row_or_as_their_grid(pair):
+    batch = _inputs("pairs", "mixed")
+    grids = {name: batch[name].reshape(ROWS, 4, 4) for name in ("patch_mask", "patch_labels")}
+    assert _values(pair, batch | grids) == _values(pair, batch)
+
+
+def test_pictures_of_another_size(pair):
+    """Positions are interpolated in pretraining too."""
+    _, model, params = pair
+    mask = RNG.random((2, 36)) < 0.4
+    image, labels = RNG.normal(size=(2, 48, 48, 3)).astype(np.float32), RNG.integers(0, 40, (2, 36)).astype(np.int32)
+    batch = {"image": image, "patch_mask": mask, "patch_labels": labels}
+    states = apply(model, params, image, mask, method=model.encode_image_states, interpolate_positions=True)
+    logits = apply(model, params, head="mim", hidden=states.last_hidden_state[:, 1:], method=model.predict_masked)
+    losses = jax.nn.logsumexp(logits, -1) - np.take_along_axis(np.asarray(logits), labels[..., None], -1)[..., 0]
+    np.testing.assert_allclose(_values(pair, batch, interpolate_positions=True)[0], losses[mask].mean(), rtol=1e-5)
+    pairs = _inputs("pairs", "mixed", slice(2)) | batch
+    assert np.isfinite(_values(pair, pairs, interpolate_positions=True)[0])
+
+
 def test_nothing_hidden_costs_nothing(pair):
     """Where Hugging Face divides 0 by 0."""
     batch = _inputs("texts") | {"token_labels": np.full((ROWS, LENGTH), -100, np.int32)}
@@ -326,6 +346,28 @@ def test_incomplete_batches_are_refused(pair, change, settings, message):
     batch = {name: jnp.asarray(value) for name, value in _inputs("pairs", "mixed").items() if name not in change}
     with pytest.raises(UserError, match=message):
         loss(pair[1], pair[2], {}, batch, jax.random.key(0), LossConfig(**settings))
+
+
+def _refused(pair, message, batch):
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    with pytest.raises(UserError, match=message):
+        loss(pair[1], pair[2], {}, batch, jax.random.key(0), LossConfig())
+
+
+def test_visual_words_of_another_number_of_patches_are_refused(pair):
+    """They would be those of other places."""
+    batch = _inputs("images")
+    labels = batch.pop("patch_labels")
+    message = "as many visual words as patches, found patch_mask 16 and patch_labels 15"
+    _refused(pair, message, batch | {"patch_labels": labels[:, 1:]})
+    message = "codebook_size: pictures of 48x48 have 36 visual words, expected .* 16 patches"
+    _refused(pair, message, batch | {"codebook_image": np.full((ROWS, 48, 48, 3), 0.5, np.float32)})
+
+
+def test_a_column_of_matching_labels_is_refused(pair):
+    batch = _inputs("pairs", "mixed")
+    message = r"itm_labels: expected one number for each pair, found shape \(8, 1\)"
+    _refused(pair, message, batch | {"itm_labels": batch["itm_labels"][:, None]})
 
 
 def test_models_without_the_objective_s_parts_are_refused(pair):

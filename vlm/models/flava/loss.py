@@ -33,7 +33,7 @@ class LossConfig:
         None: every loss is a mean over the whole batch.
       unfiltered_without_itm: with itm=0, pairs whose caption was replaced take part in the other losses, as in the
         released code.
-      interpolate_positions: fine-tune on images of another size than the position table's (VQA).
+      interpolate_positions: images may have another size than the position table's (VQA).
     """
 
     objective: Literal["pretrain", "classification", "regression", "soft_labels"] = "pretrain"

@@ -16,6 +16,7 @@ positions or pairs they are means over.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -56,7 +57,9 @@ def pretrain(model: Any, params: Params, batch: Batch, rng: jax.Array, config: A
         raise UserError(f"batches of {kind} train nothing: config.loss has 0 for {' and '.join(LOSSES[kind])}")
     if kind == "pairs" and config.itm:
         _need(batch, "itm_labels", "config.processor.itm_probability; without them config.loss.itm=0")
-    step = _Step(model, params, batch, rng, config)
+    if "itm_labels" in batch and batch["itm_labels"].ndim != 1:  # a column would be compared with every row's logits
+        raise UserError(f"itm_labels: expected one number for each pair, found shape {batch['itm_labels'].shape}")
+    step = _Step(model, params, {**batch, **_patch_rows(batch)}, rng, config)
     terms = getattr(step, kind)()
     weighted = [getattr(config, name) * terms[name] for name in LOSSES[kind] if name in terms]
     return sum(weighted, jnp.zeros(())), terms
@@ -65,6 +68,16 @@ def pretrain(model: Any, params: Params, batch: Batch, rng: jax.Array, config: A
 def _need(batch: Batch, name: str, setting: str) -> None:
     if name not in batch:
         raise UserError(f"objective 'pretrain' needs {name} ({setting}); the examples give {', '.join(sorted(batch))}")
+
+
+def _patch_rows(batch: Batch) -> dict[str, Any]:
+    """What a batch has of every patch, as one row for each picture."""
+    grids = {name: batch[name] for name in ("patch_mask", "patch_labels") if name in batch}
+    rows = {name: grid.reshape(len(grid), -1) for name, grid in grids.items()}
+    if len({row.shape for row in rows.values()}) > 1:
+        sizes = " and ".join(f"{name} {row.shape[1]}" for name, row in rows.items())
+        raise UserError(f"expected as many visual words as patches, found {sizes}")
+    return rows
 
 
 def masked_positions(
@@ -91,6 +104,7 @@ class _Step:
     def __init__(self, model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any):
         self.model, self.params, self.batch, self.config = model, params, batch, config
         self.rngs, self.mode = {"dropout": rng}, {"deterministic": "valid" in batch}
+        self.mode_of_images = {**self.mode, "interpolate_positions": config.interpolate_positions}
         self.count = len(batch["image"] if "image" in batch else batch["tokens"])
         if config.group_size is not None and self.count % config.group_size:
             found = f"found {config.group_size}"
@@ -103,7 +117,8 @@ class _Step:
 
     def images(self) -> Metrics:
         """Masked image modelling."""
-        states = self.apply(self.model.encode_image_states, self.batch["image"], self.batch["patch_mask"], **self.mode)
+        image, mode = self.batch["image"], self.mode_of_images
+        states = self.apply(self.model.encode_image_states, image, self.batch["patch_mask"], **mode)
         return self._patches("mim", states.last_hidden_state[:, 1:], self.valid)
 
     def texts(self) -> Metrics:
@@ -148,11 +163,12 @@ class _Step:
         """The image encoder's outputs, unmasked or masked; both in one call."""
         patch_mask = self.batch.get("patch_mask")
         if patch_mask is None:
-            output = self.apply(self.model.encode_image_states, self.batch["image"], **self.mode)
+            output = self.apply(self.model.encode_image_states, self.batch["image"], **self.mode_of_images)
             return [output] * len(passes)
         mask = _interleave([patch_mask if masked else jnp.zeros_like(patch_mask) for masked in passes])
         image = _interleave([self.batch["image"]] * len(passes))
-        return _separate(self.apply(self.model.encode_image_states, image, mask, **self.mode), len(passes))
+        output = self.apply(self.model.encode_image_states, image, mask, **self.mode_of_images)
+        return _separate(output, len(passes))
 
     def _texts(self, passes: list[bool]) -> list[EncoderOutput]:
         """The same of the text encoder."""
@@ -206,7 +222,13 @@ class _Step:
             raise UserError("batches hold codebook_image, and config.model.codebook is None: found no codebook for it")
         if self.params["codebook"]["out"]["kernel"].dtype != jnp.float32:
             raise UserError("the image codebook needs float32: expected config.precision.frozen='float32'")
-        image = self.batch["codebook_image"]
+        image, patches = self.batch["codebook_image"], self.batch["patch_mask"].shape[1]
+        words = math.prod(side // self.model.config.codebook.downsampling for side in image.shape[1:3])
+        if words != patches:  # labels of other places would be taken, or of none
+            raise UserError(
+                f"config.processor.codebook_size: pictures of {image.shape[1]}x{image.shape[2]} have {words} visual "
+                f"words, expected one for each of the {patches} patches"
+            )
         if image.dtype == jnp.uint8:
             image = 0.8 / 255 * image.astype(jnp.float32) + 0.1
         return self.apply(self.model.codebook_labels, jax.lax.stop_gradient(image), index)
