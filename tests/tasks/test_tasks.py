@@ -8,6 +8,7 @@ import tarfile
 
 import jax
 import pytest
+from sklearn.metrics import roc_auc_score
 
 import vlm
 from vlm import evaluation, sharding
@@ -275,10 +276,14 @@ def test_runs_prints_and_reads_back(data, config, tiny_flava, tmp_path, capsys, 
     assert status == 2 and "rte is of another checkpoint (another" in err
 
 
-def test_answers_to_questions_from_the_files_to_the_table(data, config, tiny_flava, tmp_path, capsys, monkeypatch):
-    """VQA: files as published, training in a larger size, a line per answer, the table; on one device."""
+@pytest.fixture
+def one_device(monkeypatch):
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+
+
+def test_answers_to_questions_from_the_files_to_the_table(data, config, tiny_flava, one_device, tmp_path, capsys):
+    """VQA: files as published, training in a larger size, a line per answer, the table; on one device."""
     vlm.save(tmp_path / "model", *tiny_flava())
     output = tmp_path / "out"
     command = [f"--config={config}", f"--checkpoint={tmp_path / 'model'}", f"--output={output}", f"--data={data}"]
@@ -294,6 +299,27 @@ def test_answers_to_questions_from_the_files_to_the_table(data, config, tiny_fla
     assert [(row["question_id"], row["answer"]) for row in official] == [(r["question_id"], r["answer"]) for r in asked]
     assert ours["vqa/VQA accuracy"] == round(100 * sum(right) / 8, 2)
     steps = [json.loads(line) for line in (output / "vqa/run/metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] == 2 and 0 < steps[-1]["loss"] < 3
+
+
+@pytest.mark.parametrize(("name", "metric"), [("snli_ve", "accuracy"), ("hateful_memes", "AUROC")])
+def test_classes_of_pairs_from_the_files_to_the_table(
+    name, metric, data, config, tiny_flava, one_device, tmp_path, capsys
+):
+    vlm.save(tmp_path / "model", *tiny_flava())
+    command = [f"--config={config}", f"--checkpoint={tmp_path / 'model'}", f"--output={tmp_path}", f"--data={data}"]
+    status, out, err = run(capsys, *command, f"--only={name}")
+    assert status == 0, err
+    ours = json.loads(out.splitlines()[-1])["ours"]
+    rows = [json.loads(line) for line in (tmp_path / name / "result.test.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in rows] == [(1, 2, 0)[i % 3] if name == "snli_ve" else i % 2 for i in range(8)]
+    shares = [row["probability"] if row["prediction"] else 1 - row["probability"] for row in rows]  # of class 1 of two
+    if metric == "accuracy":
+        expected = sum(row["prediction"] == row["label"] for row in rows) / 8
+    else:
+        expected = roc_auc_score([row["label"] for row in rows], shares)
+    assert ours[f"{name}/{metric}"] == pytest.approx(100 * expected, abs=0.006)
+    steps = [json.loads(line) for line in (tmp_path / name / "run/metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["step"] == 2 and 0 < steps[-1]["loss"] < 3
 
 
