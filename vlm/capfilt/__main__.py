@@ -18,15 +18,12 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm.errors import Parser, UserError, exit_on_user_error
 from vlm.hosts import add_host_flags, connect, may_end_alone
-
-REPORT_SECONDS = 10.0
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -176,7 +173,6 @@ def _run_all(pipeline: Any, folder: Path, shards: Sequence[Any]) -> None:
     missing = [shard for shard in shards if output.finished(folder, shard) is None]
     before = sum(sizes.values()) - sum(sizes[shard.name] for shard in missing)
     progress = Progress(round(sum(sizes.values())), round(before), unit=unit)
-    began = last = time.monotonic()
     images = 0
     try:
         for shard in missing:
@@ -184,12 +180,9 @@ def _run_all(pipeline: Any, folder: Path, shards: Sequence[Any]) -> None:
                 continue  # by another process since
 
             def advance(share: float, more: int, done: float = before, size: float = sizes[shard.name]) -> None:
-                nonlocal images, last
+                nonlocal images
                 images += more
-                progress.advance(round(done + share * size))
-                if time.monotonic() - last >= REPORT_SECONDS:
-                    last = time.monotonic()
-                    progress.report(round(done + share * size), {"examples_per_second": images / (last - began)})
+                progress.moved(round(done + share * size), images)
 
             counts = pipeline.run(shard, advance)
             output.write_counts(folder, shard, counts)
