@@ -1,5 +1,6 @@
 """FLAVA's processor: equal to Hugging Face's, and what it makes of images, texts and pairs."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ from vlm.data.ledger import FatalDataError
 from vlm.data.loader import Loader
 from vlm.data.others import WithOthers
 from vlm.errors import UserError
+from vlm.models.flava.config import ClassifierConfig, FLAVAConfig
 from vlm.models.flava.processor import Processor, ProcessorConfig
 from vlm.strict import build
 from vlm.tokenizers import load
@@ -334,6 +336,14 @@ def test_labels_are_compared_with_the_number_of_classes(tokenizer):
         assert processor.example({"text": "a", "label": label}, rng(), True)["labels"] == int(label)
     with pytest.raises(UserError, match="example k: label: expected one of the classes 0 to 1, found 2"):
         processor.example({"key": "k", "text": "a", "label": 2}, rng(), True)
+
+
+def test_in_training_the_labels_are_the_classifiers_classes():
+    run = lambda outputs: FLAVAConfig(classifier=ClassifierConfig(outputs))  # noqa: E731
+    config = ProcessorConfig(task="classification")
+    assert config.for_run(run(3), None).num_labels == 3
+    assert config.for_run(run(1), None).num_labels is None  # a number, as of STS-B
+    assert dataclasses.replace(config, num_labels=2).for_run(run(3), None).num_labels == 2  # `check` refuses it
 
 
 def test_pictures_of_fine_tuning_may_be_varied_in_any_way(tokenizer):

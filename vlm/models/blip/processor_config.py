@@ -93,7 +93,7 @@ class ProcessorConfig:
 
     def for_run(self, model: Any, loss: Any) -> ProcessorConfig:
         """These settings in a run that trains `model` for `loss`: labels are the classes of what learns from them."""
-        return dataclasses.replace(self, num_labels=_classes(model, loss))
+        return self if self.num_labels else dataclasses.replace(self, num_labels=_classes(model, loss))
 
     def check(self, model: Any, loss: Any) -> None:
         """Whether the examples fit the architecture and the objective of a run.

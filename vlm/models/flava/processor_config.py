@@ -32,7 +32,8 @@ class ProcessorConfig:
         mlm_probability: share of tokens hidden in pretraining; of pairs whole words, never more than this.
         max_masked_tokens: no more are hidden of a text alone; None: no limit.
         itm_probability: share of pairs that get the caption of another example in pretraining; 0: none, no labels.
-        num_labels: classes that "classification" knows; every label must be one of them. None: not checked.
+        num_labels: classes that "classification" knows; every label must be one of them. None: in training the
+            classifier's.
         answers: JSON file with the list of answers that "soft_labels" scores; num_answers: how many there must be.
         normalise: False makes training examples with uint8 pictures, that the training step normalises on the device.
     """
@@ -85,6 +86,11 @@ class ProcessorConfig:
         if self.codebook_size is None or self.grid is None or changed.grid is None:
             return changed
         return dataclasses.replace(changed, codebook_size=self.codebook_size // self.grid[0] * changed.grid[0])
+
+    def for_run(self, model: Any, loss: Any) -> ProcessorConfig:
+        """These settings in a run that trains `model`: labels are its classifier's classes; 1 stands for a number."""
+        classes = model.classifier.num_labels if self.task == "classification" and model.classifier else 1
+        return self if self.num_labels or classes == 1 else dataclasses.replace(self, num_labels=classes)
 
     def check(self, model: Any, loss: Any) -> None:
         """Whether the examples fit the architecture and the objective of a run.
