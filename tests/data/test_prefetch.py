@@ -70,7 +70,8 @@ def test_only_so_many_batches_are_made_ahead():
     made = []
 
     def counting(example, rng, train):
-        made.append(example["value"])
+        if example["value"]:  # the first, 0, is looked at to know which arrays there are
+            made.append(example["value"])
         return plain(example, rng, train)
 
     with loader(counting, prefetch=2).iterate() as batches:

@@ -59,7 +59,9 @@ def pretrain(model: Any, params: Params, batch: Batch, rng: jax.Array, config: A
         _need(batch, "itm_labels", "config.processor.itm_probability; without them config.loss.itm=0")
     if "itm_labels" in batch and batch["itm_labels"].ndim != 1:  # a column would be compared with every row's logits
         raise UserError(f"itm_labels: expected one number for each pair, found shape {batch['itm_labels'].shape}")
-    step = _Step(model, params, {**batch, **_patch_rows(batch)}, rng, config)
+    if grids := _grids_in_rows(batch):
+        batch = {**batch, **grids}
+    step = _Step(model, params, batch, rng, config)
     terms = getattr(step, kind)()
     weighted = [getattr(config, name) * terms[name] for name in LOSSES[kind] if name in terms]
     return sum(weighted, jnp.zeros(())), terms
@@ -70,14 +72,14 @@ def _need(batch: Batch, name: str, setting: str) -> None:
         raise UserError(f"objective 'pretrain' needs {name} ({setting}); the examples give {', '.join(sorted(batch))}")
 
 
-def _patch_rows(batch: Batch) -> dict[str, Any]:
-    """What a batch has of every patch, as one row for each picture."""
+def _grids_in_rows(batch: Batch) -> dict[str, Any]:
+    """What a batch has of the patches as grids, as one row for each picture."""
     grids = {name: batch[name] for name in ("patch_mask", "patch_labels") if name in batch}
     rows = {name: grid.reshape(len(grid), -1) for name, grid in grids.items()}
     if len({row.shape for row in rows.values()}) > 1:
         sizes = " and ".join(f"{name} {row.shape[1]}" for name, row in rows.items())
         raise UserError(f"expected as many visual words as patches, found {sizes}")
-    return rows
+    return {name: row for name, row in rows.items() if grids[name].ndim > 2}
 
 
 def masked_positions(
