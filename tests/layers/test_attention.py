@@ -63,8 +63,8 @@ def test_formulations_agree_in_value_and_gradient(monkeypatch):
 
 
 def test_many_scores_are_blocked_on_one_cpu_and_not_kept_for_the_gradient():
-    query, key, value = (jax.ShapeDtypeStruct((16, length, 4, 16), jnp.float32) for length in (256, 300, 300))
-    bytes_of_scores = 16 * 4 * 256 * 300 * 4
+    query, key, value = (jax.ShapeDtypeStruct((16, length, 4, 16), jnp.float32) for length in (400, 410, 410))
+    bytes_of_scores = 16 * 4 * 400 * 410 * 4
 
     def temporaries(*axes):
         gradient = jax.jit(jax.grad(lambda *x: attention.dot_product_attention(*x).sum(), argnums=(0, 1, 2)))
@@ -89,12 +89,12 @@ def test_rows_without_keys_are_finite_and_large_scores_do_not_overflow():
 
 
 def test_kernel_choice():
-    def choice(backend, dtype, head_dim, masked, scores=12 * 197 * 197, devices=1):
+    def choice(backend, dtype, head_dim, masked, scores=12 * 577 * 577, devices=1):
         return attention.attention_kernel(backend, dtype, head_dim, masked=masked, scores=scores, devices=devices)
 
     assert choice("cpu", jnp.float32, 64, True) == "blocked"
     assert choice("cpu", jnp.float32, 64, True, devices=8) == "late"  # a loop over examples would gather them
-    assert choice("cpu", jnp.float32, 64, True, scores=12 * 77 * 77) == "late"
+    assert choice("cpu", jnp.float32, 64, True, scores=12 * 197 * 197) == "late"
     assert choice("gpu", jnp.bfloat16, 64, False) == "cudnn"
     assert choice("gpu", jnp.bfloat16, 64, True) == "xla"
     assert choice("gpu", jnp.float32, 64, False) == "late"  # exact

@@ -24,7 +24,7 @@ Mask = Bool[AnyArray, "#b #h #l m"] | None
 KeysValues = tuple[Float[Array, "b m k d"], Float[Array, "b m k d"]]
 
 
-BLOCKED_SCORES = 2**18
+BLOCKED_SCORES = 2**19
 """Numbers: from so many scores per example on, a CPU's caches cannot hold those of a few examples at once."""
 
 
