@@ -85,4 +85,4 @@ def _show(settings: Any, metrics: Any, absent: Any, options: argparse.Namespace)
 
     report = table.report(settings, metrics, absent, options.compare or settings.compare)
     print(table.shown(report))
-    print(json.dumps(table.summary(report), ensure_ascii=False))
+    print(json.dumps(table.summary(report)))
