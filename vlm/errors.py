@@ -54,7 +54,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 def exit_on_user_error() -> Iterator[None]:
     """Turns a `UserError`, or a file that cannot be there or be read or written, into one line and exit status 2.
 
-    What standard output cannot encode, such as a file name that is not UTF-8, is written as an escape, as JSON has it.
+    What standard output cannot encode, such as a file name that is not UTF-8, is written as an escape.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -86,7 +86,8 @@ class Family:
         their logical axes where only the layout is asked for. `layers.linear.partitioned` names the axes of new arrays.
       example: (architecture) -> one abstract batch of size 1 that reaches every parameter: the arguments of `init`.
       processor_type: frozen dataclass of the processor's settings; `config.processor` is built into it. It may have
-        `check(architecture, loss settings)`, which raises UserError where its examples would not fit them.
+        `check(architecture, loss settings)`, which raises UserError where its examples would not fit them, and
+        `for_run(architecture, loss settings)`, which gives the settings completed from them.
       processor: the class that turns images and texts into batches and has `from_config(settings)`, `load(dir)`,
         `save(dir)`, `example(raw, rng, train)` for one training example, and `rows(settings)`, its possible shapes; if
         examples are of several kinds, `rows(settings, fields)`: of raw examples with these fields only.

@@ -76,6 +76,7 @@ def dot_product_attention(
 
 
 def _late(query: AnyArray, key: AnyArray, value: AnyArray, mask: Mask) -> jax.Array:
+    """exp(scores) v, then divided by the sum of exp(scores)."""
     scores, grouped_value = _scores(query, key, value, mask)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
@@ -84,6 +85,7 @@ def _late(query: AnyArray, key: AnyArray, value: AnyArray, mask: Mask) -> jax.Ar
 
 
 def _blocked(query: AnyArray, key: AnyArray, value: AnyArray, mask: Mask) -> jax.Array:
+    """`_late` in a loop over the examples, whose backward pass computes each one's scores again."""
     if mask is not None:
         mask = jnp.broadcast_to(mask, (query.shape[0], *mask.shape[1:]))
 
