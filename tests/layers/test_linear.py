@@ -11,11 +11,13 @@ from jax.ad_checkpoint import print_saved_residuals
 from vlm.layers.linear import matmul
 
 
+@pytest.mark.parametrize("width", [6, 2048, 2056])
 @pytest.mark.parametrize("rows", [(5,), (2, 3), (2, 3, 4)])
-def test_value_and_gradients_equal_autodiff_of_dot(rows):
+def test_value_and_gradients_equal_autodiff_of_dot(rows, width):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(*rows, 6)), jnp.float32)
-    kernel, weight = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), rng.normal(size=(*rows, 4)).astype(np.float32)
+    x = jnp.asarray(rng.normal(size=(*rows, width)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(width, 4)) / np.sqrt(width), jnp.float32)
+    weight = rng.normal(size=(*rows, 4)).astype(np.float32)
 
     def objective(product):
         return lambda x, kernel: jnp.sum(jnp.sin(product(x, kernel)) * weight)
@@ -30,6 +32,17 @@ def test_kernel_gradient_is_one_product_without_transposes():
     program = str(jax.make_jaxpr(jax.grad(lambda k: jnp.sum(matmul(x, k))))(kernel))
     assert program.count("dot_general[") == 2 and "transpose[" not in program
     assert "transpose[" in str(jax.make_jaxpr(jax.grad(lambda k: jnp.sum(jnp.dot(x, k))))(kernel))
+
+
+def test_wide_activations_are_kept_in_blocks_of_columns_on_one_cpu_only():
+    x, kernel = jnp.ones((2, 3, 2048)), jnp.ones((2048, 4))
+
+    def program():
+        return str(jax.make_jaxpr(jax.grad(lambda k: jnp.sum(matmul(x, k))))(kernel))
+
+    assert "f32[128,6,16]" in program()
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((8,), ("data",))):
+        assert "f32[128,6,16]" not in program()
 
 
 def test_a_frozen_kernel_keeps_no_activations(capsys):

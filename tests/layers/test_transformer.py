@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm.flops import count_flops
 from vlm.layers import masks
 from vlm.layers.cache import Cache
 from vlm.layers.transformer import LayerInput, TransformerBlock, scan_layers
@@ -112,3 +113,51 @@ def test_stacked_cache_equals_the_full_pass():
         outputs.append(output.hidden)
     np.testing.assert_array_equal(cache.index, [5, 5, 5])
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), full, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"pre_norm": False}])
+@pytest.mark.parametrize(("depth", "remat"), [(3, "none"), (3, "full"), (1, "none")])
+def test_a_last_layer_of_a_few_tokens(options, depth, remat):
+    """Values and gradients are those of the whole pass, with masks over keys and over pairs of tokens."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 16)), jnp.float32)
+    model = Stack(options, depth)
+    params = {"params": random_params(model, x)}
+    padding = masks.padding_mask(jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool))
+    positions = jnp.array([[0, 3], [2, 1]])
+
+    def run(mask, where, later):
+        def total(params, x):
+            hidden = model.apply(params, x, mask, remat=remat, outputs_at=where).hidden
+            return jnp.sin(hidden if later is None else jnp.take_along_axis(hidden, later[:, :, None], axis=1)).sum()
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(params, x)
+
+    for mask in (None, padding, padding & masks.causal_mask(5)):
+        found, expected = run(mask, positions, None), run(mask, None, positions)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_a_last_layer_of_a_few_tokens_has_the_same_parameters_and_its_own_dropout():
+    model, params, x = _init(dropout_rate=0.5)
+    first = jnp.zeros((2, 1), jnp.int32)
+    made = jax.jit(partial(model.init, outputs_at=first))(jax.random.key(0), x)
+    shapes = jax.tree.map(jnp.shape, nn.unbox(made))
+    assert jax.tree.map(jnp.shape, params) == shapes
+    run = partial(model.apply, params, x, outputs_at=first, deterministic=False)
+    one, again, other = (run(rngs={"dropout": jax.random.key(seed)}).hidden for seed in (0, 0, 1))
+    assert one.shape == (2, 1, 16)
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0.1
+    with pytest.raises(ValueError, match="outputs_at: expected neither hidden states"):
+        model.apply(params, x, outputs_at=first, output_hidden_states=True)
+
+
+def test_a_last_layer_of_a_few_tokens_does_their_work_alone():
+    model, params, x = _init()
+
+    def flops(where):
+        step = jax.jit(jax.grad(lambda p: model.apply(p, x, outputs_at=where).hidden.sum()))
+        return count_flops(step.trace(params).jaxpr)
+
+    per_token = 2 * (2 * 16 * 16 + 2 * 16 * 32) + 2 * 2 * 5 * 16  # query, out and the MLP; scores and their mixture
+    assert flops(None) - flops(jnp.zeros((2, 1), jnp.int32)) == 3 * 2 * 4 * per_token

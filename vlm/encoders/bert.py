@@ -104,12 +104,14 @@ class Bert(nn.Module):
         deterministic: bool = True,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        outputs_at: Int[AnyArray, "b k"] | None = None,
     ) -> EncoderOutput:
         """Encodes tokens, or `token_embeds` in their place.
 
         Args:
           mask: true at real tokens; without it padding is attended to (its positions are still the padding's).
           positions, token_types: override the derived position ids and the all-zero segments.
+          outputs_at: the tokens whose last states are wanted, in place of all; the first is what is pooled.
 
         Raises:
           ValueError: neither or both of tokens and token_embeds, or a sequence longer than the position table.
@@ -124,6 +126,7 @@ class Bert(nn.Module):
             deterministic=deterministic,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            outputs_at=outputs_at,
         )
         hidden = self.output_norm(output.hidden) if config.pre_norm else output.hidden
         pooled = jnp.tanh(self.pooler(hidden[:, 0])) if config.pooler else None

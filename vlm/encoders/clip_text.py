@@ -18,7 +18,7 @@ from vlm.layers.linear import Embedding, constrain
 from vlm.layers.masks import causal_mask, padding_mask
 from vlm.layers.mlp import Activation
 from vlm.layers.norms import LayerNorm
-from vlm.layers.transformer import Remat, TransformerBlock, check_stack, scan_layers
+from vlm.layers.transformer import Remat, TransformerBlock, check_stack, scan_layers, select
 
 normal = nn.initializers.normal
 
@@ -63,8 +63,11 @@ class ClipText(nn.Module):
         deterministic: bool = True,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        pooled_only: bool = False,
     ) -> EncoderOutput:
         """Encodes tokens; `pooler_output` [B, E] is the normed state at the end-of-text token, before the projection.
+
+        With `pooled_only`, the last layer computes nothing else: `last_hidden_state` is [B, 1, E].
 
         Raises:
           ValueError: more tokens than positions.
@@ -94,6 +97,7 @@ class ClipText(nn.Module):
             dtype=dtype,
         )
         visible = causal_mask(length) if mask is None else causal_mask(length) & padding_mask(mask)
+        end = jnp.argmax(tokens == config.eos_id, axis=1)[:, None]
         output = scan_layers(
             block,
             depth,
@@ -104,8 +108,8 @@ class ClipText(nn.Module):
             deterministic=deterministic,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            outputs_at=end if pooled_only else None,
         )
         hidden = LayerNorm(config.norm_eps, dtype, name="output_norm")(output.hidden)
-        end = jnp.argmax(tokens == config.eos_id, axis=1)
-        pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
+        pooled = hidden[:, 0] if pooled_only else select(hidden, end)[:, 0]
         return EncoderOutput(hidden, pooled, output.hidden_states, output.attentions)

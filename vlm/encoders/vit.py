@@ -9,7 +9,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm.encoders.output import EncoderOutput
 from vlm.layers.arrays import AnyArray
@@ -112,6 +112,7 @@ class ViT(nn.Module):
         interpolate_positions: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        outputs_at: Int[AnyArray, "b k"] | None = None,
     ) -> EncoderOutput:
         """Encodes normalised images.
 
@@ -119,6 +120,7 @@ class ViT(nn.Module):
           image: float[B, H, W, 3]; H and W equal `image_size` unless `interpolate_positions`.
           patch_mask: true where a patch is replaced by the mask embedding.
           mask: true at the tokens (class token first) that others may attend to; None: all.
+          outputs_at: the tokens whose last states are wanted, in place of all; the first is what is pooled.
 
         Raises:
           ValueError: another image size without `interpolate_positions`, or a patch mask without a mask embedding.
@@ -139,6 +141,7 @@ class ViT(nn.Module):
             deterministic=deterministic,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            outputs_at=outputs_at,
         )
         hidden, pooled, states = output.hidden, output.hidden[:, 0] if config.class_token else None, None
         if config.output_norm != "none":

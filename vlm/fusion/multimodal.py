@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from vlm.encoders.output import EncoderOutput
 from vlm.layers.arrays import AnyArray
@@ -69,11 +69,13 @@ class FusionEncoder(nn.Module):
         deterministic: bool = True,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        outputs_at: Int[AnyArray, "b k"] | None = None,
     ) -> EncoderOutput:
         """Encodes tokens; every output has one token more, the class token in front, if there is one.
 
         Args:
           mask: true at the tokens that others may attend to; None: all. The class token is always attended to.
+          outputs_at: the outputs that are wanted, in place of all; the first is what is pooled.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         hidden = jnp.asarray(hidden, dtype)
@@ -105,6 +107,7 @@ class FusionEncoder(nn.Module):
             remat=config.remat,
             unroll=config.scan_unroll,
             deterministic=deterministic,
+            outputs_at=outputs_at,
             **flags,
         )
         hidden = LayerNorm(config.norm_eps, dtype, name="output_norm")(output.hidden)

@@ -293,7 +293,8 @@ def test_heads_run_on_masked_positions_only(pair):
         assert all(exact for exact, _ in products(program.jaxpr))  # float32 is multiplied in float32
         cost[count] = count_flops(program)
     head = 2 * 24 * (24 + 50)  # per position
-    assert cost[None] - cost[2] == 3 * ROWS * (LENGTH - 2) * head
+    layer = 2 * (2 * 24 * 24 + 2 * 24 * 36) + 2 * 2 * LENGTH * 24  # all of the last one but keys and values
+    assert cost[None] - cost[2] == 3 * ROWS * (LENGTH - 2) * (head + layer)
 
 
 @pytest.mark.parametrize(("objective", "labels"), [("classification", 3), ("regression", 1), ("soft_labels", 4)])

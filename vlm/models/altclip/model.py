@@ -20,6 +20,7 @@ from vlm.layers.arrays import AnyArray, exact
 from vlm.layers.linear import Linear, param
 from vlm.layers.lm_head import LMHead
 from vlm.layers.norms import LayerNorm, normalise
+from vlm.layers.transformer import first_tokens
 from vlm.losses import contrastive
 from vlm.strict import at_least
 
@@ -168,8 +169,8 @@ class AltCLIP(nn.Module):
         self, image: Float[AnyArray, "b h w 3"], *, deterministic: bool = True, interpolate_positions: bool = False
     ) -> Float[Array, "b p"]:
         """Image embeddings in the joint space, not normalised."""
-        output = self.vision(image, deterministic=deterministic, interpolate_positions=interpolate_positions)
-        return self.vision_projection(output.pooler_output)
+        flags: dict[str, Any] = {"deterministic": deterministic, "interpolate_positions": interpolate_positions}
+        return self.vision_projection(self.vision(image, outputs_at=first_tokens(image), **flags).pooler_output)
 
     def encode_text(
         self,
@@ -185,7 +186,9 @@ class AltCLIP(nn.Module):
         self, tokens: Int[AnyArray, "b l"], mask: Bool[AnyArray, "b l"] | None = None, *, deterministic: bool = True
     ) -> Float[Array, "b e"]:
         """What `text_projection` projects: the head's output at the first token, CLIP's end-of-text state."""
-        return self._text_head(self.text(tokens, mask, deterministic=deterministic)).pooler_output
+        encode: Any = self.text
+        read = {"pooled_only": True} if self.config.text is None else {"outputs_at": first_tokens(tokens)}
+        return self._text_head(encode(tokens, mask, deterministic=deterministic, **read)).pooler_output
 
     def encode_tokens(
         self,

@@ -19,12 +19,14 @@ from vlm.layers.linear import Linear, param
 from vlm.layers.lm_head import LMHead
 from vlm.layers.mlp import ACTIVATIONS
 from vlm.layers.norms import normalise
+from vlm.layers.transformer import first_tokens
 from vlm.models.flava.config import ClassifierConfig, FLAVAConfig
 from vlm.models.flava.output import FLAVAOutput
 
 Image = Float[AnyArray, "b h w c"]
 Tokens = Int[AnyArray, "b l"]
 Mask = Bool[AnyArray, "b l"] | None
+Positions = Int[AnyArray, "b k"] | None
 PatchMask = Bool[AnyArray, "b p"] | Bool[AnyArray, "b i j"] | None
 
 
@@ -167,10 +169,15 @@ class FLAVA(nn.Module):
         image_mask: Bool[AnyArray, "b n"] | None = None,
         interpolate_positions: bool = False,
         deterministic: bool = True,
-        **outputs: bool,
+        outputs_at: Positions = None,
+        **outputs: Any,
     ) -> EncoderOutput:
-        """States [B, 1 + P, E] of images, of which `patch_mask` hides patches; see `__call__`."""
+        """States [B, 1 + P, E] of images, of which `patch_mask` hides patches; see `__call__`.
+
+        With `outputs_at`, those of the tokens there alone (class token first).
+        """
         flags: dict[str, Any] = {"interpolate_positions": interpolate_positions, "deterministic": deterministic}
+        flags["outputs_at"] = outputs_at
         if patch_mask is not None:
             patch_mask = patch_mask.reshape(len(patch_mask), -1)
         return self.vision(image, patch_mask=patch_mask, mask=image_mask, **flags, **outputs)
@@ -183,10 +190,11 @@ class FLAVA(nn.Module):
         token_types: Tokens | None = None,
         positions: Tokens | None = None,
         deterministic: bool = True,
-        **outputs: bool,
+        outputs_at: Positions = None,
+        **outputs: Any,
     ) -> EncoderOutput:
-        """States [B, L, E] of texts."""
-        flags: dict[str, Any] = {"deterministic": deterministic, **outputs}
+        """States [B, L, E] of texts, or of the tokens at `outputs_at` alone."""
+        flags: dict[str, Any] = {"deterministic": deterministic, "outputs_at": outputs_at, **outputs}
         return self.text(tokens, mask, token_types=token_types, positions=positions, **flags)
 
     def encode_multimodal(
@@ -197,9 +205,13 @@ class FLAVA(nn.Module):
         *,
         image_mask: Bool[AnyArray, "b n"] | None = None,
         deterministic: bool = True,
-        **outputs: bool,
+        outputs_at: Positions = None,
+        **outputs: Any,
     ) -> EncoderOutput:
-        """States of pairs: class token, image and text tokens. Reads the encoders' states before their last norm."""
+        """States of pairs: class token, image and text tokens. Reads the encoders' states before their last norm.
+
+        With `outputs_at`, those of the tokens there alone.
+        """
         states = self.vision_to_fusion(image.pre_norm_state), self.text_to_fusion(text.pre_norm_state)
         keys = None
         if image_mask is not None or (mask is not None and self.config.mask_text_padding):
@@ -207,7 +219,7 @@ class FLAVA(nn.Module):
             keys[0] = keys[0] if image_mask is None else jnp.asarray(image_mask)
             keys[1] = keys[1] if mask is None or not self.config.mask_text_padding else jnp.asarray(mask)
             keys = jnp.concatenate(keys, axis=1)
-        flags: dict[str, Any] = {"deterministic": deterministic, **outputs}
+        flags: dict[str, Any] = {"deterministic": deterministic, "outputs_at": outputs_at, **outputs}
         return self.fusion(jnp.concatenate(states, axis=1), keys, **flags)
 
     def encode_image(
@@ -215,7 +227,7 @@ class FLAVA(nn.Module):
     ) -> Float[Array, "b p"]:
         """Image embeddings in the joint space, not normalised."""
         flags: dict[str, Any] = {"interpolate_positions": interpolate_positions, "deterministic": deterministic}
-        return self.project("vision", self.encode_image_states(image, **flags))
+        return self.project("vision", self.encode_image_states(image, outputs_at=first_tokens(image), **flags))
 
     def encode_text(
         self,
@@ -228,7 +240,7 @@ class FLAVA(nn.Module):
     ) -> Float[Array, "b p"]:
         """Text embeddings in the joint space, not normalised."""
         given: dict[str, Any] = {"token_types": token_types, "positions": positions, "deterministic": deterministic}
-        return self.project("text", self.encode_text_states(tokens, mask, **given))
+        return self.project("text", self.encode_text_states(tokens, mask, outputs_at=first_tokens(tokens), **given))
 
     def project(self, tower: str, output: EncoderOutput) -> Float[Array, "b p"]:
         """The class token of "vision" or "text" in the joint space, not normalised."""
@@ -245,7 +257,7 @@ class FLAVA(nn.Module):
         **inputs: Any,
     ) -> Float[Array, "b 2"]:
         """Matching logits of unmasked pairs; index 1: they belong together. Inputs as of `encode`."""
-        inputs |= {"token_types": token_types, "interpolate_positions": interpolate_positions}
+        inputs |= {"token_types": token_types, "interpolate_positions": interpolate_positions, "first_only": True}
         return self.itm_head(self.encode("multimodal", image, tokens, mask, **inputs).last_hidden_state)
 
     def classify(
@@ -262,7 +274,7 @@ class FLAVA(nn.Module):
         """Scores of the classes (or the values) that the classifier was made for; inputs as of `encode`."""
         assert self.config.classifier is not None
         inputs |= {"token_types": token_types, "interpolate_positions": interpolate_positions}
-        inputs["deterministic"] = deterministic
+        inputs |= {"deterministic": deterministic, "first_only": True}
         output = self.encode(self.config.classifier.input, image, tokens, mask, **inputs)
         return self.classifier(output.last_hidden_state[:, 0], deterministic=deterministic)
 
@@ -278,26 +290,35 @@ class FLAVA(nn.Module):
         image_mask: Bool[AnyArray, "b n"] | None = None,
         interpolate_positions: bool = False,
         deterministic: bool = True,
+        first_only: bool = False,
     ) -> EncoderOutput:
         """What the "image", "text" or "multimodal" encoder makes of unmasked inputs; see `__call__`.
+
+        With `first_only`, the first of its tokens alone.
 
         Raises:
           ValueError: an input that it reads is missing.
         """
         flags: dict[str, Any] = {"deterministic": deterministic}
         outputs: dict[str, Any] = {}
+
+        def read(name: str, rows: Any) -> dict[str, Any]:
+            return {"outputs_at": first_tokens(rows) if first_only and name == kind else None}
+
         if kind != "text":
             if image is None:
                 raise ValueError(f"expected an image for {kind} input, found none")
-            flags_of_image = {**flags, "image_mask": image_mask, "interpolate_positions": interpolate_positions}
+            flags_of_image = {**flags, **read("image", image), "interpolate_positions": interpolate_positions}
+            flags_of_image["image_mask"] = image_mask
             outputs["image"] = self.encode_image_states(image, **flags_of_image)
         if kind != "image":
             if tokens is None:
                 raise ValueError(f"expected tokens for {kind} input, found none")
-            flags_of_text = {**flags, "token_types": token_types, "positions": positions}
+            flags_of_text = {**flags, **read("text", tokens), "token_types": token_types, "positions": positions}
             outputs["text"] = self.encode_text_states(tokens, mask, **flags_of_text)
         if kind == "multimodal":
-            outputs[kind] = self.encode_multimodal(**outputs, mask=mask, image_mask=image_mask, **flags)
+            flags |= {"image_mask": image_mask, **read(kind, image)}
+            outputs[kind] = self.encode_multimodal(**outputs, mask=mask, **flags)
         return outputs[kind]
 
     def codebook_logits(self, image: Image) -> Float[Array, "b i j v"]:
@@ -347,9 +368,13 @@ class FLAVA(nn.Module):
 
     def split(self, hidden: Float[AnyArray, "b n e"], length: int) -> tuple[Any, Any]:
         """The fusion encoder's states of the patches [B, P, E] and of the text's `length` tokens [B, L, E]."""
+        return hidden[:, self.first_patch : -length], hidden[:, -length:]
+
+    @property
+    def first_patch(self) -> int:
+        """The position of the first patch among the fusion encoder's tokens; the last is followed by the text."""
         assert self.config.fusion is not None
-        first = 2 if self.config.fusion.class_token else 1
-        return hidden[:, first:-length], hidden[:, -length:]
+        return 2 if self.config.fusion.class_token else 1
 
     def _init_parts(self) -> None:
         """Creates the parameters of parts that a forward pass need not use."""

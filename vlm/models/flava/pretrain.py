@@ -9,8 +9,8 @@ pairs      image, text, masked image, masked text, fusion  contrastive; mmm_imag
            of the masked two                               mmm_text, itm
 =========  ==============================================  ==============================
 
-The masked and the unmasked pass of an encoder run as one batch of twice the rows. The heads run on the masked
-positions only, gathered to a static number. Batches of evaluation (`valid`) have no dropout, and metrics say how many
+Only what a loss reads is computed: the last layer of an encoder and the heads run on the masked positions, gathered to
+a static number, and on the class token. Batches of evaluation (`valid`) have no dropout, and metrics say how many
 positions or pairs they are means over.
 """
 
@@ -30,10 +30,14 @@ from vlm.errors import UserError
 from vlm.family import COUNT, Batch, Metrics, Params
 from vlm.layers.arrays import AnyArray
 from vlm.layers.norms import normalise
+from vlm.layers.transformer import first_tokens
 from vlm.losses import contrastive, token_losses
 
 LOSSES = {"images": ("mim",), "texts": ("mlm",), "pairs": ("mmm_image", "mmm_text", "itm", "contrastive")}
 """The six losses, by the batches that have them; a loss setting of the same name weights each."""
+
+Hidden = tuple[Int[Array, "b k"], Bool[Array, "b k"]]
+"""Positions that were hidden, and which of them are real."""
 
 
 def pretrain(model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any) -> tuple[Any, Metrics]:
@@ -82,9 +86,7 @@ def _grids_in_rows(batch: Batch) -> dict[str, Any]:
     return {name: row for name, row in rows.items() if grids[name].ndim > 2}
 
 
-def masked_positions(
-    selected: Bool[AnyArray, "b n"], count: int | None
-) -> tuple[Int[Array, "b k"], Bool[Array, "b k"]]:
+def masked_positions(selected: Bool[AnyArray, "b n"], count: int | None) -> Hidden:
     """The first `count` selected positions of each row, and which of them are real: rows may have fewer."""
     selected = jnp.asarray(selected)
     order = jnp.argsort(~selected, axis=1, stable=True)[:, :count]
@@ -119,71 +121,79 @@ class _Step:
 
     def images(self) -> Metrics:
         """Masked image modelling."""
-        image, mode = self.batch["image"], self.mode_of_images
-        states = self.apply(self.model.encode_image_states, image, self.batch["patch_mask"], **mode)
-        return self._patches("mim", states.last_hidden_state[:, 1:], self.valid)
+        hidden = self._hidden_patches()
+        return self._patches("mim", self._image(True, 1 + hidden[0]).last_hidden_state, hidden, self.valid)
 
     def texts(self) -> Metrics:
         """Masked language modelling."""
-        batch, types = self.batch, self._types(1)
-        states = self.apply(self.model.encode_text_states, batch["masked_tokens"], batch["mask"], **types, **self.mode)
         most = self.config.max_masked_tokens
-        return self._tokens("mlm", states.last_hidden_state, self.valid, most)
+        hidden = self._hidden_tokens(most)
+        return self._tokens("mlm", self._text(True, hidden[0]).last_hidden_state, hidden, self.valid, most)
 
     def pairs(self) -> Metrics:
         """Contrastive on the pair as it is; masked modelling and matching on the masked pair."""
-        config, batch, model = self.config, self.batch, self.model
+        config, batch = self.config, self.batch
         fused = config.mmm_image or config.mmm_text or config.itm
-        passes = [masked for masked, wanted in ((False, config.contrastive), (True, fused)) if wanted]
-        images, texts = self._images(passes), self._texts(passes)
+        masked = (self._image(True), self._text(True)) if fused else None
         positive, terms = self._positive(), {}
         if config.contrastive:
-            towers = (("vision", images[0]), ("text", texts[0]))
-            embeds: Any = [normalise(self.apply(model.project, name, output)) for name, output in towers]
-            shares = positive / self._groups(positive)
-            scale = jnp.exp(self.params["logit_scale"])
-            value = contrastive(
-                embeds[0], embeds[1], scale, weights=shares, candidate_gradients=config.candidate_gradients
+            first = first_tokens(batch["tokens"])
+            whole = (
+                masked[0] if masked and "patch_mask" not in batch else self._image(False, first),
+                masked[1] if masked and "masked_tokens" not in batch else self._text(False, first),
             )
-            cosine = jnp.sum(embeds[0] * embeds[1], axis=-1)
-            found = {"contrastive": value, "positive_cosine": jnp.sum(shares * cosine)}
-            terms |= self._counted(found, positive * self.valid.all()) | {"logit_scale": scale}
-        if fused:
-            hidden = self.apply(
-                model.encode_multimodal, images[-1], texts[-1], batch["mask"], **self.mode
-            ).last_hidden_state
-            patches, words = self.apply(model.split, hidden, batch["tokens"].shape[1])
-            if config.mmm_image:
-                terms |= self._patches("mmm_image", patches, positive)
-            if config.mmm_text:
-                terms |= self._tokens("mmm_text", words, positive, config.max_masked_words)
-            if config.itm:
-                terms |= self._matching(hidden)
+            terms |= self._contrastive(*whole, positive)
+        if masked:
+            terms |= self._fused(*masked, positive)
         return terms
 
-    def _images(self, passes: list[bool]) -> list[EncoderOutput]:
-        """The image encoder's outputs, unmasked or masked; both in one call."""
+    def _contrastive(self, image: EncoderOutput, text: EncoderOutput, positive: jax.Array) -> Metrics:
+        towers = (("vision", image), ("text", text))
+        embeds: Any = [normalise(self.apply(self.model.project, name, output)) for name, output in towers]
+        shares = positive / self._groups(positive)
+        scale = jnp.exp(self.params["logit_scale"])
+        gradients = self.config.candidate_gradients
+        value = contrastive(embeds[0], embeds[1], scale, weights=shares, candidate_gradients=gradients)
+        cosine = jnp.sum(embeds[0] * embeds[1], axis=-1)
+        found = {"contrastive": value, "positive_cosine": jnp.sum(shares * cosine)}
+        return self._counted(found, positive * self.valid.all()) | {"logit_scale": scale}
+
+    def _fused(self, image: EncoderOutput, text: EncoderOutput, positive: jax.Array) -> Metrics:
+        """The losses of the fusion encoder: its first token, hidden patches and hidden words."""
+        config, batch, most = self.config, self.batch, self.config.max_masked_words
+        patches = self._hidden_patches() if config.mmm_image else None
+        words = self._hidden_tokens(most) if config.mmm_text else None
+        first_word = self.model.first_patch + image.pre_norm_state.shape[1] - 1
+        read = [first_tokens(batch["tokens"])]
+        read += [] if patches is None else [self.model.first_patch + patches[0]]
+        read += [] if words is None else [first_word + words[0]]
+        outputs_at = {"outputs_at": jnp.concatenate(read, axis=1), **self.mode}
+        output = self.apply(self.model.encode_multimodal, image, text, batch["mask"], **outputs_at)
+        states = jnp.split(output.last_hidden_state, np.cumsum([part.shape[1] for part in read])[:-1], axis=1)
+        terms = {}
+        if patches is not None:
+            terms |= self._patches("mmm_image", states[1], patches, positive)
+        if words is not None:
+            terms |= self._tokens("mmm_text", states[-1], words, positive, most)
+        if config.itm:
+            terms |= self._matching(states[0])
+        return terms
+
+    def _image(self, masked: bool, outputs_at: Any = None) -> EncoderOutput:
+        """The image encoder's output for the masked or the unmasked images; masked ones if there are any."""
         patch_mask = self.batch.get("patch_mask")
-        if patch_mask is None:
-            output = self.apply(self.model.encode_image_states, self.batch["image"], **self.mode_of_images)
-            return [output] * len(passes)
-        mask = _interleave([patch_mask if masked else jnp.zeros_like(patch_mask) for masked in passes])
-        image = _interleave([self.batch["image"]] * len(passes))
-        output = self.apply(self.model.encode_image_states, image, mask, **self.mode_of_images)
-        return _separate(output, len(passes))
+        if patch_mask is not None and not masked:
+            patch_mask = jnp.zeros_like(patch_mask)
+        mode = {"outputs_at": outputs_at, **self.mode_of_images}
+        return self.apply(self.model.encode_image_states, self.batch["image"], patch_mask, **mode)
 
-    def _texts(self, passes: list[bool]) -> list[EncoderOutput]:
+    def _text(self, masked: bool, outputs_at: Any = None) -> EncoderOutput:
         """The same of the text encoder."""
-        tokens = self.batch["tokens"]
-        masked_tokens = self.batch.get("masked_tokens", tokens)
-        tokens = _interleave([masked_tokens if masked else tokens for masked in passes])
-        mask = _interleave([self.batch["mask"]] * len(passes))
-        types = self._types(len(passes))
-        return _separate(self.apply(self.model.encode_text_states, tokens, mask, **types, **self.mode), len(passes))
-
-    def _types(self, count: int) -> dict[str, Any]:
-        given = {name: self.batch[name] for name in ("token_types", "positions") if name in self.batch}
-        return {name: _interleave([array] * count) for name, array in given.items()}
+        batch = self.batch
+        tokens = batch.get("masked_tokens", batch["tokens"]) if masked else batch["tokens"]
+        given = {name: batch[name] for name in ("token_types", "positions") if name in batch}
+        mode = {"outputs_at": outputs_at, **given, **self.mode}
+        return self.apply(self.model.encode_text_states, tokens, batch["mask"], **mode)
 
     def _positive(self) -> jax.Array:
         """Which pairs [B] belong together; in training all of a group where none does."""
@@ -208,16 +218,21 @@ class _Step:
         right = grouped_mean(logits.argmax(-1) == labels, self.valid, size)
         return self._counted({"itm": grouped_mean(losses, self.valid, size), "itm_accuracy": right}, self.valid)
 
-    def _patches(self, head: str, states: jax.Array, rows: jax.Array) -> Metrics:
-        """Cross-entropy of the visual words of masked patches."""
-        patch_mask = self.batch["patch_mask"]
-        index, real = masked_positions(patch_mask, self.config.max_masked_patches)
+    def _hidden_patches(self) -> Hidden:
+        return masked_positions(self.batch["patch_mask"], self.config.max_masked_patches)
+
+    def _hidden_tokens(self, most: int | None) -> Hidden:
+        return masked_positions(self.batch["token_labels"] != IGNORE, most)
+
+    def _patches(self, head: str, states: jax.Array, hidden: Hidden, rows: jax.Array) -> Metrics:
+        """Cross-entropy of the visual words of masked patches, from the states of those alone."""
+        index, real = hidden
         if "patch_labels" in self.batch:
             labels = jnp.take_along_axis(self.batch["patch_labels"], index, axis=1)
         else:
             labels = jax.lax.stop_gradient(self._codebook(index))
-        terms = self._predict(head, states, labels, index, real, rows)
-        return terms | self._dropped(head, patch_mask, real, self.config.max_masked_patches)
+        terms = self._predict(head, states, labels, real, rows)
+        return terms | self._dropped(head, self.batch["patch_mask"], real, self.config.max_masked_patches)
 
     def _codebook(self, index: jax.Array) -> jax.Array:
         if self.model.config.codebook is None:
@@ -235,20 +250,19 @@ class _Step:
             image = 0.8 / 255 * image.astype(jnp.float32) + 0.1
         return self.apply(self.model.codebook_labels, jax.lax.stop_gradient(image), index)
 
-    def _tokens(self, head: str, states: jax.Array, rows: jax.Array, most: int | None) -> Metrics:
-        """Cross-entropy of the tokens that were hidden, `most` of a row."""
-        selected = self.batch["token_labels"] != IGNORE
-        index, real = masked_positions(selected, most)
+    def _tokens(self, head: str, states: jax.Array, hidden: Hidden, rows: jax.Array, most: int | None) -> Metrics:
+        """Cross-entropy of the tokens that were hidden, `most` of a row, from the states of those alone."""
+        index, real = hidden
         labels = jnp.take_along_axis(self.batch["token_labels"], index, axis=1)
-        return self._predict(head, states, labels, index, real, rows) | self._dropped(head, selected, real, most)
+        selected = self.batch["token_labels"] != IGNORE
+        return self._predict(head, states, labels, real, rows) | self._dropped(head, selected, real, most)
 
     def _dropped(self, head: str, selected: jax.Array, real: jax.Array, most: int | None) -> Metrics:
         """The share of hidden positions that the head does not see, where it sees only so many of a row."""
         lost = (selected.sum() - real.sum()) / jnp.maximum(selected.sum(), 1)
         return {} if most is None else {f"{head}_dropped": lost}
 
-    def _predict(self, head: str, states: Any, labels: Any, index: Any, real: Any, rows: Any) -> Metrics:
-        states = jnp.take_along_axis(states, index[:, :, None], axis=1)
+    def _predict(self, head: str, states: Any, labels: Any, real: Any, rows: Any) -> Metrics:
         logits = self.apply(self.model.predict_masked, head, states)
         keep, size = real & rows[:, None], self.config.group_size
         losses = token_losses(logits, jnp.where(keep, labels, IGNORE))
@@ -258,14 +272,3 @@ class _Step:
     def _counted(self, terms: Metrics, keep: Any) -> Metrics:
         """With what each is a mean over, in evaluation."""
         return terms | {COUNT + name: keep.sum() for name in terms} if "valid" in self.batch else terms
-
-
-def _interleave(arrays: list[Any]) -> jax.Array:
-    """Rows a0 b0 a1 b1 …: unlike one array after the other, every row stays on its device."""
-    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:]) if len(arrays) > 1 else jnp.asarray(arrays[0])
-
-
-def _separate(output: EncoderOutput, count: int) -> list[EncoderOutput]:
-    """The outputs of each of `count` interleaved batches."""
-    rows = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), output)
-    return [jax.tree.map(lambda x, i=i: x[:, i], rows) for i in range(count)]
