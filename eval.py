@@ -20,6 +20,7 @@ from typing import Any
 
 from vlm.config import build, command_line, config_hash, parse_command, parse_config_flag
 from vlm.errors import UserError, exit_on_user_error
+from vlm.heap import keep_freed_memory
 from vlm.hosts import add_host_flags, connect, may_end_alone
 from vlm.schema import Config
 
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--checkpoint: no such file or folder: {options.checkpoint}")
         if config is None:
             config = _recorded(Path(options.checkpoint))
+        keep_freed_memory()
         connect(options)
         metrics = evaluate(config, build(Config, config, ""), options)
     print(json.dumps(metrics, ensure_ascii=False))

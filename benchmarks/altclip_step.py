@@ -1,12 +1,14 @@
 """AltCLIP contrastive training step (ViT-B/16 + XLM-R base) against Hugging Face: forward, backward, AdamW.
 
-    python -m benchmarks.altclip_step [--batch=8] [--length=77] [--rounds=7] [--only=vlm]
+    python -m benchmarks.altclip_step [--batch=8] [--length=77] [--rounds=7] [--alone=0] [--lock_image]
 
-Both train every parameter in float32 with the same loss on the same arrays, alternating in one process; ours is the
+Both train every parameter (with `--lock_image`, as in AltCLIP's second stage, the image tower is frozen) in float32
+with the same loss on the same arrays, alternating in one process; ours is the
 step that train.py runs (`vlm.training.make_train_step`: non-finite guard, norms and metrics included), theirs is
 `AltCLIPModel(..., return_loss=True)`, `backward` and fused `torch.optim.AdamW`. Prints medians and the ratio of the
-medians (> 1: ours is faster) as one JSON line. Run it on an otherwise idle machine. With
-`--only` one runs alone, ours then with the heap that train.py sets for itself (`vlm.heap`) and would serve both here.
+medians (> 1: ours is faster) as one JSON line. Run it on an otherwise idle machine.
+With `--alone=N`, N times, each runs in a process of its own, in turn: ours then has the heap that train.py sets for
+itself (`vlm.heap`) and would serve both in one process.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import alternate, report
+from benchmarks.measure import alternate, alternate_alone, report
 from vlm import schema
 from vlm.encoders.bert import BertConfig
 from vlm.encoders.vit import ViTConfig
@@ -34,8 +36,11 @@ from vlm.optimizer import make_optimizer
 from vlm.training import StateInit, make_train_step
 from vlm.tree import flatten
 
+NAMES = ("vlm", "transformers")
+LOCKED = "vision/.*|vision_projection/.*"
 
-def our_step(arrays: dict[str, np.ndarray], layers: int):
+
+def our_step(arrays: dict[str, np.ndarray], layers: int, lock_image: bool):
     """Returns a function that runs one step and gives the loss."""
     text = BertConfig(hidden_size=768, num_layers=layers, num_heads=12, mlp_dim=3072, dropout_rate=0.0,
                       attention_dropout_rate=0.0)  # fmt: skip
@@ -44,10 +49,14 @@ def our_step(arrays: dict[str, np.ndarray], layers: int):
     init = lambda key: model.init(key, **example)["params"]  # noqa: E731
     paths = list(flatten(nn.unbox(jax.eval_shape(init, jax.random.key(0)))))
     constant = schema.ScheduleConfig("constant")
-    optimizer = make_optimizer(schema.OptimizerConfig(lr=1e-5, schedule=constant, weight_decay=0.1), paths, 1000)
+    groups = ((LOCKED, schema.GroupConfig(freeze=True)),) if lock_image else ()
+    settings = schema.OptimizerConfig(
+        lr=1e-5, schedule=constant, weight_decay=0.1, groups=(*groups, (".*", schema.GroupConfig()))
+    )
+    optimizer = make_optimizer(settings, paths, 1000)
     start = StateInit(init, lambda params, key: {}, optimizer)
     state = jax.jit(lambda: nn.unbox(start.finish(start.params(0), {})))()
-    objective = functools.partial(loss, model, config=LossConfig(lock_image=False))
+    objective = functools.partial(loss, model, config=LossConfig(lock_image=lock_image))
     step = jax.jit(make_train_step(objective, optimizer, seed=0), donate_argnums=0)
     batch = {name: jnp.asarray(value) for name, value in arrays.items()}
 
@@ -59,7 +68,7 @@ def our_step(arrays: dict[str, np.ndarray], layers: int):
     return run
 
 
-def their_step(arrays: dict[str, np.ndarray], layers: int):
+def their_step(arrays: dict[str, np.ndarray], layers: int, lock_image: bool):
     """Returns a function that runs one step and gives the loss."""
     import torch
     import transformers
@@ -69,7 +78,11 @@ def their_step(arrays: dict[str, np.ndarray], layers: int):
     text |= {"vocab_size": 250002, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = transformers.AltCLIPConfig(text_config=text | {"project_dim": 768}, vision_config=vision)
     model = transformers.AltCLIPModel._from_config(config, attn_implementation="sdpa").train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+    if lock_image:
+        model.vision_model.requires_grad_(False)
+        model.visual_projection.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.1, fused=True)
     inputs = {
         "pixel_values": torch.tensor(arrays["image"].transpose(0, 3, 1, 2)).contiguous(),
         "input_ids": torch.tensor(arrays["tokens"], dtype=torch.long),
@@ -91,8 +104,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("batch", 8), ("length", 77), ("layers", 12), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--only", choices=("vlm", "transformers"), help="one alone, with the heap as train.py sets it")
+    parser.add_argument("--lock_image", action="store_true", help="train the text tower only")
+    parser.add_argument("--only", choices=NAMES, help="one alone, with the heap as train.py sets it")
+    parser.add_argument("--alone", type=int, default=0, help="so many processes for each, in turn")
     options = parser.parse_args()
+    if options.alone:
+        sizes = [f"--{name}={getattr(options, name)}" for name in ("batch", "length", "layers", "rounds")]
+        sizes += ["--lock_image"] if options.lock_image else []
+        times = alternate_alone("benchmarks.altclip_step", NAMES, sizes, rounds=options.alone)
+        report("altclip_step", times, reference="transformers", settings=vars(options))
+        return
     if options.only == "vlm":
         keep_freed_memory()
     rng = np.random.default_rng(0)
@@ -102,7 +123,11 @@ def main() -> None:
     image = rng.normal(size=(options.batch, 224, 224, 3)).astype(np.float32)
     arrays = {"image": image, "tokens": tokens, "mask": mask}
     steps = {"vlm": our_step, "transformers": their_step}
-    contenders = {name: step(arrays, options.layers) for name, step in steps.items() if options.only in (None, name)}
+    contenders = {
+        name: step(arrays, options.layers, options.lock_image)
+        for name, step in steps.items()
+        if options.only in (None, name)
+    }
     times = alternate(contenders, rounds=options.rounds)
     report("altclip_step", times, reference=options.only or "transformers", settings=vars(options))
 

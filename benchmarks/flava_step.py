@@ -1,6 +1,7 @@
 """FLAVA's training step on pairs (ViT-B/16, BERT base, 6 fusion layers) against Hugging Face: all six parts, AdamW.
 
     python -m benchmarks.flava_step [--batch=8] [--words=12.1] [--rounds=5] [--labels=live] [--lengths=16,24,32,48]
+        [--alone=0]
 
 Both start from the same random weights, get the same arrays and train everything but the codebook in float32,
 alternating in one process; the first losses are compared and printed. Ours is the step that train.py runs
@@ -10,6 +11,8 @@ cuts the padding that the batch does not need. Theirs is `FlavaForPreTraining`, 
 `torch.optim.AdamW` on rows padded to 77, as its processor makes them. Texts have 12.1 words on average, as the
 published pretraining data. `--labels=precomputed` leaves the codebook out of both.
 Prints medians and the ratio of the medians (> 1: ours is faster) as one JSON line. Run it on an otherwise idle machine.
+With `--alone=N`, N times, each runs in a process of its own, in turn: ours then has the heap that train.py sets for
+itself (`vlm.heap`) and would serve both in one process.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import alternate, report
+from benchmarks.measure import alternate, alternate_alone, report
 from configs import flava
 from vlm import schema
 from vlm.convert.views import from_array
@@ -40,6 +43,8 @@ from vlm.optimizer import make_optimizer
 from vlm.strict import build
 from vlm.training import StateInit, make_train_step, shortest_text
 from vlm.tree import flatten, unflatten
+
+NAMES = ("vlm", "transformers")
 
 
 def make_batch(rows: int, words: float, labels: str) -> dict[str, np.ndarray]:
@@ -143,8 +148,14 @@ def main() -> None:
     parser.add_argument("--words", type=float, default=12.1, help="mean words of a text")
     parser.add_argument("--labels", choices=("live", "precomputed"), default="live")
     parser.add_argument("--lengths", default="", help="lengths that the step is compiled for besides 77")
-    parser.add_argument("--only", choices=("vlm", "transformers"), help="run one of them alone")
+    parser.add_argument("--only", choices=NAMES, help="one alone, with the heap as train.py sets it")
+    parser.add_argument("--alone", type=int, default=0, help="so many processes for each, in turn")
     options = parser.parse_args()
+    if options.alone:
+        same = [f"--{name}={getattr(options, name)}" for name in ("batch", "rounds", "words", "labels", "lengths")]
+        times = alternate_alone("benchmarks.flava_step", NAMES, same, rounds=options.alone)
+        report("flava_step", times, reference="transformers", settings=vars(options))
+        return
     if options.only == "vlm":
         keep_freed_memory()
     batch = make_batch(options.batch, options.words, options.labels)

@@ -1,12 +1,13 @@
 """Captioning with BLIP-base against Hugging Face `generate`: end to end, and the decoder alone.
 
-    python -m benchmarks.generation [--batch=8] [--num_beams=1 3] [--new_tokens=20] [--rounds=5]
+    python -m benchmarks.generation [--batch=8] [--num_beams=1 3] [--new_tokens=20] [--rounds=5] [--alone=0]
 
 float32, random weights, 384 px, every row writes exactly `new_tokens` tokens; alternating in one process, medians and
 ratios as one JSON line per number of beams. "decode" starts from the image tokens: the context's keys and values, the
 prompt and the loop, in both; "first" is the same for a single token, so that the loop alone is their difference. The
 parameters are laid out for decoding before, as when many batches are captioned; the line says what that takes. Run it
-on an otherwise idle machine.
+on an otherwise idle machine. With `--alone=N`, N times, each library runs in a process of its own, in turn: ours then
+has the heap that eval.py sets for itself (`vlm.heap`) and would serve both in one process.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ import jax
 import numpy as np
 
 import vlm
-from benchmarks.measure import alternate, report
+from benchmarks.measure import Times, alternate, alternate_alone, report
 from vlm.fusion.med import MedConfig
 from vlm.generation import GenerationConfig, prepare
 from vlm.generation.generate import continue_prompts
 from vlm.generation.processors import numbers
 from vlm.generation.rows import Prompt
+from vlm.heap import keep_freed_memory
 from vlm.models.blip.config import VIT, BLIPConfig
 from vlm.models.blip.model import BLIP
 
+NAMES = ("vlm", "transformers")
 CONFIG = BLIPConfig(
     vision=dataclasses.replace(VIT, image_size=384),
     text=None,
@@ -129,30 +132,46 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--decode_only", action="store_true", help="leave out the image encoder")
+    parser.add_argument("--only", choices=NAMES, help="one alone, with the heap as eval.py sets it")
+    parser.add_argument("--alone", type=int, default=0, help="so many processes for each, in turn")
     options = parser.parse_args()
+    if options.only == "vlm":
+        keep_freed_memory()
+    if options.alone:
+        for beams in options.num_beams:
+            same = [f"--{name}={getattr(options, name)}" for name in ("batch", "new_tokens", "rounds")]
+            same += [f"--num_beams={beams}", *(["--decode_only"] if options.decode_only else [])]
+            _report(alternate_alone("benchmarks.generation", NAMES, same, rounds=options.alone), options, beams)
+        return
     image = np.random.default_rng(0).normal(size=(options.batch, 384, 384, 3)).astype(np.float32)
-    model, prepared, seconds = our_model(image)
-    reference = their_model()
+    vlm_too, theirs_too = options.only != "transformers", options.only != "vlm"
+    model, prepared, seconds = our_model(image) if vlm_too else (None, None, None)
+    reference = their_model() if theirs_too else None
+
+    def contend(settings: dict[str, Any]) -> dict[str, Any]:
+        found = ours(model, prepared, image, settings) if vlm_too else {}
+        return found | (theirs(reference, image, settings) if theirs_too else {})
+
     for beams in options.num_beams:
         settings = {"num_beams": beams, "max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
-        contenders = ours(model, prepared, image, settings) | theirs(reference, image, settings)
+        contenders = contend(settings)
         if options.decode_only:
             contenders = {name: run for name, run in contenders.items() if name.endswith("_decode")}
         single = settings | {"max_new_tokens": 1, "min_new_tokens": 1}
-        firsts = ours(model, prepared, image, single) | theirs(reference, image, single)
-        contenders |= {f"{name}_first": firsts[f"{name}_decode"] for name in ("vlm", "transformers")}
+        firsts = contend(single).items()
+        contenders |= {name.replace("decode", "first"): run for name, run in firsts if name.endswith("_decode")}
         times = alternate(contenders, rounds=options.rounds, warmup=1)
-        wall = {name: statistics.median(w for w, _ in runs) for name, runs in times.items()}
-        loop = lambda name, wall=wall: wall[f"{name}_decode"] - wall[f"{name}_first"]  # noqa: E731
-        report(
-            "generation",
-            times,
-            reference="transformers_decode" if options.decode_only else "transformers",
-            settings=vars(options) | {"num_beams": beams},
-            decode_times_faster=round(wall["transformers_decode"] / wall["vlm_decode"], 3),
-            loop_times_faster=round(loop("transformers") / loop("vlm"), 3),
-            layout_seconds=round(seconds, 3),
-        )
+        _report(times, options, beams, layout_seconds=seconds and round(seconds, 3))
+
+
+def _report(times: Times, options: argparse.Namespace, beams: int, **more: Any) -> None:
+    wall = {name: statistics.median(w for w, _ in runs) for name, runs in times.items()}
+    if options.only is None:
+        loop = {name: wall[f"{name}_decode"] - wall[f"{name}_first"] for name in NAMES}
+        more["decode_times_faster"] = round(wall["transformers_decode"] / wall["vlm_decode"], 3)
+        more["loop_times_faster"] = round(loop["transformers"] / loop["vlm"], 3)
+    reference = (options.only or "transformers") + ("_decode" if options.decode_only else "")
+    report("generation", times, reference=reference, settings=vars(options) | {"num_beams": beams}, **more)
 
 
 if __name__ == "__main__":

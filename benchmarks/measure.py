@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -33,6 +35,19 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warmu
     return times
 
 
+def alternate_alone(module: str, names: Sequence[str], options: Sequence[str], *, rounds: int) -> Times:
+    """The same with a process for every run, as each would run by itself: `module --only=NAME` with `options`."""
+    times: Times = {}
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            command = [sys.executable, "-m", module, f"--only={name}", *options]
+            lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+            record = next(json.loads(line) for line in lines if line.startswith("{"))
+            for run, seconds in record["seconds"].items():
+                times.setdefault(run, []).append((seconds, record["cpu_seconds"][run]))
+    return times
+
+
 def report(
     name: str, times: Times, *, reference: str, settings: Mapping[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
@@ -48,6 +63,7 @@ def report(
     record = {
         "benchmark": name,
         "seconds": {key: round(value, 4) for key, value in wall.items()},
+        "cpu_seconds": {key: round(value, 4) for key, value in cpu.items()},
         "times_faster": {key: round(wall[reference] / value, 3) for key, value in wall.items()},
         "times_faster_cpu_time": {key: round(cpu[reference] / value, 3) for key, value in cpu.items()},
         "reference": reference,

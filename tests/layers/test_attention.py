@@ -94,7 +94,8 @@ def test_kernel_choice():
 
     assert choice("cpu", jnp.float32, 64, True) == "blocked"
     assert choice("cpu", jnp.float32, 64, True, devices=8) == "late"  # a loop over examples would gather them
-    assert choice("cpu", jnp.float32, 64, True, scores=12 * 197 * 197) == "late"
+    assert choice("cpu", jnp.float32, 64, True, scores=12 * 197 * 197) == "blocked"
+    assert choice("cpu", jnp.float32, 64, True, scores=12 * 35 * 35) == "late"
     assert choice("gpu", jnp.bfloat16, 64, False) == "cudnn"
     assert choice("gpu", jnp.bfloat16, 64, True) == "xla"
     assert choice("gpu", jnp.float32, 64, False) == "late"  # exact

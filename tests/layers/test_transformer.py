@@ -161,3 +161,26 @@ def test_a_last_layer_of_a_few_tokens_does_their_work_alone():
 
     per_token = 2 * (2 * 16 * 16 + 2 * 16 * 32) + 2 * 2 * 5 * 16  # query, out and the MLP; scores and their mixture
     assert flops(None) - flops(jnp.zeros((2, 1), jnp.int32)) == 3 * 2 * 4 * per_token
+
+
+def test_groups_of_examples_equal_the_whole_batch(monkeypatch):
+    """Values and gradients, with a mask of every example's own and one for all, whole and for a few tokens."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(6, 5, 16)), jnp.float32)
+    model = Stack({})
+    params = {"params": random_params(model, x)}
+    padding = masks.padding_mask(jnp.arange(5)[None] < jnp.array([5, 3, 1, 4, 2, 5])[:, None])
+    where = jnp.array([[0, 4], [1, 2], [3, 0], [2, 2], [4, 1], [0, 1]])
+
+    def run(size):
+        monkeypatch.setattr("vlm.layers.transformer.CACHE_BYTES", size)
+        found = []
+        for mask in (None, padding, masks.causal_mask(5)):
+            for outputs_at in (None, where):
+                call = partial(model.apply, mask=mask, outputs_at=outputs_at)
+                found.append(jax.jit(jax.value_and_grad(lambda p, call=call: jnp.sin(call(p, x).hidden).sum()))(params))
+        return found, str(jax.make_jaxpr(model.apply)(params, x)).count("scan[")
+
+    rows = 16 * 5 * 16
+    (whole, one), (pairs, two) = run(6 * rows), run(3 * rows - 1)
+    assert (one, two) == (1, 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), pairs, whole)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import Parser, UserError, exit_on_user_error
+from vlm.heap import keep_freed_memory
 from vlm.hosts import add_host_flags, connect, may_end_alone
 
 
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with may_end_alone(), exit_on_user_error():
         options = arguments().parse_args(argv)
         _check(options)
+        keep_freed_memory()
         result = run(options, *_share(options))
     print(json.dumps(result))
     return 0

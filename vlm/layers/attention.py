@@ -24,8 +24,10 @@ Mask = Bool[AnyArray, "#b #h #l m"] | None
 KeysValues = tuple[Float[Array, "b m k d"], Float[Array, "b m k d"]]
 
 
-BLOCKED_SCORES = 2**19
-"""Numbers: from so many scores per example on, a CPU's caches cannot hold those of a few examples at once."""
+BLOCKED_SCORES = 2**15
+"""Numbers: from so many scores per example on, the gradients of one example at a time are worth a loop on a CPU …"""
+BLOCKED_FORWARD = 2**19
+"""… and from so many on the values: its caches cannot hold the scores of a few examples at once."""
 
 
 def attention_kernel(
@@ -35,8 +37,8 @@ def attention_kernel(
 
     * "late" on CPUs and in float32: the softmax is normalised after the product with the values, on [L, D] instead of
       [L, M] numbers; products are exact;
-    * "blocked" on one CPU where scores are many: the same, one example after another, so that they stay in the cache,
-      and computed again for gradients instead of kept;
+    * "blocked" on one CPU unless scores are few: the same, with gradients (and, of many scores, values) computed one
+      example after another, so that they stay in the cache, from scores computed again instead of kept;
     * "cudnn" on NVIDIA GPUs in half precision without a mask (its masked backward pass wants lengths of 64·n);
     * "xla" everywhere else.
     """
@@ -77,50 +79,48 @@ def dot_product_attention(
 
 def _late(query: AnyArray, key: AnyArray, value: AnyArray, mask: Mask) -> jax.Array:
     """exp(scores) v, then divided by the sum of exp(scores)."""
-    scores, grouped_value = _scores(query, key, value, mask)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = weights.sum(-1, keepdims=True)
-    mixed = jnp.einsum("bkglm,bkmd->bkgld", weights.astype(value.dtype), grouped_value, precision=exact(value))
-    return _merge((mixed / total.astype(mixed.dtype)), query.shape)
+    return _attend(query, jnp.asarray(key).transpose(0, 2, 1, 3), jnp.asarray(value).transpose(0, 2, 1, 3), mask)
 
 
+@jax.custom_vjp
 def _blocked(query: AnyArray, key: AnyArray, value: AnyArray, mask: Mask) -> jax.Array:
-    """`_late` in a loop over the examples, whose backward pass computes each one's scores again."""
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (query.shape[0], *mask.shape[1:]))
+    """`_late`, whose gradients (and values, where scores are many) are computed in a loop over the examples."""
+    if query.shape[1] * query.shape[2] * key.shape[1] < BLOCKED_FORWARD:
+        return _late(query, key, value, mask)
+    return jax.lax.map(lambda rows: _one(*rows), (query, key, value, _for_each(query, mask)))
 
-    @partial(jax.checkpoint, prevent_cse=False)
-    def example(rows: Any) -> jax.Array:
-        return _late(*jax.tree.map(lambda x: x[None], rows))[0]
 
-    return jax.lax.map(example, (query, key, value, mask))
+def _blocked_forward(query: Any, key: Any, value: Any, mask: Any) -> tuple[jax.Array, Any]:
+    return _blocked(query, key, value, mask), (query, key, value, mask)
+
+
+def _blocked_backward(kept: Any, g: jax.Array) -> tuple[Any, ...]:
+    def example(rows: Any) -> Any:
+        query, key, value, mask, g = rows
+        return jax.vjp(lambda query, key, value: _one(query, key, value, mask), query, key, value)[1](g)
+
+    query, key, value, mask = kept
+    return *jax.lax.map(example, (query, key, value, _for_each(query, mask), g)), None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _one(query: jax.Array, key: jax.Array, value: jax.Array, mask: Any) -> jax.Array:
+    """`_late` of one example."""
+    return _late(*jax.tree.map(lambda x: x[None], (query, key, value, mask)))[0]
+
+
+def _for_each(query: AnyArray, mask: Mask) -> Mask:
+    return None if mask is None else jnp.broadcast_to(mask, (len(query), *mask.shape[1:]))
 
 
 def attention_weights(
     query: Float[AnyArray, "b l h d"], key: Float[AnyArray, "b m k d"], mask: Mask = None
 ) -> Float[Array, "b h l m"]:
     """The normalised attention weights themselves, float32: for outputs, visualisation and attention dropout."""
-    scores, _ = _scores(query, key, key, mask)
-    batch, length, heads, _ = query.shape
-    return jax.nn.softmax(scores, axis=-1).reshape(batch, heads, length, key.shape[1])
-
-
-def _scores(
-    query: AnyArray, key: AnyArray, value: AnyArray, mask: Mask
-) -> tuple[Float[Array, "b k g l m"], Float[Array, "b k m d"]]:
-    """Scaled, masked scores in float32, query heads grouped by the key/value head they share."""
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    batch, length, heads, width = query.shape
-    kv_heads = key.shape[2]
-    grouped = (query * width**-0.5).transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads, length, width)
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=exact(grouped, key))
-    scores = product("bkgld,bkmd->bkglm", grouped, key)
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (*mask.shape[:1], mask.shape[1], *mask.shape[2:]))
-        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], kv_heads, -1, *mask.shape[2:])
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    return scores, value
+    scores = _scores(_grouped(query, key.shape[2]), jnp.asarray(key).transpose(0, 2, 1, 3), mask, query.shape[2])
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def cached_attention(query: Float[AnyArray, "b l h d"], cache: Cache, mask: Mask = None) -> Float[Array, "b l h d"]:
@@ -128,27 +128,38 @@ def cached_attention(query: Float[AnyArray, "b l h d"], cache: Cache, mask: Mask
 
     The rows that decode one example together are its L queries, so that its keys are read once for all of them.
     """
+    return _attend(query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), mask)
+
+
+def _attend(
+    query: Float[AnyArray, "b l h d"],
+    key: Float[AnyArray, "b k m d"],
+    value: Float[AnyArray, "b k m d"],
+    mask: Mask,
+) -> Float[Array, "b l h d"]:
+    """exp(scores) v, then divided by the sum of exp(scores)."""
     batch, length, heads, width = query.shape
-    kv_heads = cache.key.shape[1]
-    grouped = (
-        (query * width**-0.5).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, width)
-    )  # groups and rows: one axis
-    key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
-    product = partial(jnp.einsum, precision=exact(grouped, key))
-    scores = product("bkrd,bkmd->bkrm", grouped, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, heads, length, -1)
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    total = weights.sum(-1)[..., None]
-    flat = weights.reshape(batch, kv_heads, -1, weights.shape[-1]).astype(value.dtype)
-    mixed = product("bkrm,bkmd->bkrd", flat, value).reshape(batch, heads, length, width)
-    return (mixed / total.astype(mixed.dtype)).transpose(0, 2, 1, 3)
+    scores = _scores(_grouped(query, key.shape[1]), key, mask, heads)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    weights = weights.reshape(batch, key.shape[1], -1, weights.shape[-1]).astype(value.dtype)
+    mixed = jnp.einsum("bkrm,bkmd->bkrd", weights, value, precision=exact(value))
+    return (mixed.reshape(batch, heads, length, width) / total.astype(mixed.dtype)).transpose(0, 2, 1, 3)
 
 
-def _merge(grouped: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    batch, length, heads, width = shape
-    return grouped.reshape(batch, heads, length, -1).transpose(0, 2, 1, 3)
+def _grouped(query: Float[AnyArray, "b l h d"], kv_heads: int) -> Float[Array, "b k r d"]:
+    """Scaled queries; the heads that share a key/value head and their L queries are one axis."""
+    batch, _, _, width = query.shape
+    return (jnp.asarray(query) * width**-0.5).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, width)
+
+
+def _scores(
+    grouped: Float[Array, "b k r d"], key: Float[AnyArray, "b k m d"], mask: Mask, heads: int
+) -> Float[Array, "b h l m"]:
+    """Masked scores in float32."""
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=exact(grouped, key))
+    scores = product("bkrd,bkmd->bkrm", grouped, key).reshape(len(grouped), heads, -1, key.shape[2])
+    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
 
 
 class Attention(nn.Module):

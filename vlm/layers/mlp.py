@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +16,11 @@ from vlm.layers.arrays import AnyArray, exact
 from vlm.layers.linear import Initializer, Linear, constrain, default_init, param
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """X · Φ(x) by the error function, as PyTorch computes it; half the time of jax's own form with erfc on CPU."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 def quick_gelu(x: jax.Array) -> jax.Array:
     """The sigmoid approximation of GELU that OpenAI's CLIP was trained with: x · σ(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
@@ -22,7 +28,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": quick_gelu,
     "relu": jax.nn.relu,

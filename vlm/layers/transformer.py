@@ -256,10 +256,11 @@ def scan_layers(
         output_attentions=output_attentions,
         name=name,
     )
-    if outputs_at is not None and not layers.is_initializing():
-        return StackOutput(
-            _short_last_layer(layers, block, jnp.asarray(hidden), rates, shared, outputs_at, remat, unroll)
-        )
+    plain = cache is None and not (output_hidden_states or output_attentions or layers.is_initializing())
+    groups = _groups(hidden) if plain and deterministic else 1
+    if groups > 1 or (outputs_at is not None and not layers.is_initializing()):
+        run = partial(_run_layers, layers, block, rates, remat=remat, unroll=unroll)
+        return StackOutput(_in_groups(run, groups, jnp.asarray(hidden), outputs_at, shared))
     first = hidden
     hidden, outputs = layers(hidden, LayerInput(rates, cache), *shared)
     if outputs_at is not None:
@@ -270,34 +271,65 @@ def scan_layers(
     return StackOutput(jnp.asarray(hidden), states, outputs.attention, outputs.cross_attention, outputs.cache)
 
 
-def _short_last_layer(
+CACHE_BYTES = 2**25
+"""How much of a layer's widest activations a CPU's last-level cache holds."""
+
+
+def _groups(hidden: AnyArray) -> int:
+    """How many groups of examples one CPU encodes in turn, so that a layer's activations stay in its cache."""
+    alone = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    batch, length, width = hidden.shape
+    most = CACHE_BYTES // (16 * length * width)  # examples; a feed-forward layer is four times as wide, in float32
+    size = next((size for size in range(min(batch, most), 0, -1) if batch % size == 0), 1)
+    return batch // size if alone and batch > most else 1
+
+
+def _in_groups(run: Any, groups: int, hidden: jax.Array, outputs_at: Any, shared: tuple[Any, ...]) -> jax.Array:
+    """`run` on equal groups of examples in turn; what has a row for each example is cut like `hidden`."""
+    if groups == 1:
+        return run(hidden, outputs_at, *shared)
+    batch = len(hidden)
+    leaves, tree = jax.tree.flatten((hidden, outputs_at, *shared))
+    cut = {i: x.reshape(groups, -1, *x.shape[1:]) for i, x in enumerate(leaves) if len(x) == batch}
+
+    def one(rows: Any) -> jax.Array:
+        return run(*jax.tree.unflatten(tree, [rows.get(i, x) for i, x in enumerate(leaves)]))
+
+    found = jax.lax.map(one, cut)
+    return found.reshape(batch, *found.shape[2:])
+
+
+def _run_layers(
     layers: Any,
     block: partial,
-    hidden: jax.Array,
     rates: jax.Array | None,
-    shared: tuple[Any, ...],
+    hidden: jax.Array,
     outputs_at: Any,
+    *shared: Any,
     remat: Remat,
     unroll: int,
 ) -> jax.Array:
-    """What `layers` make of `hidden` at the positions `outputs_at`, from the parameters that the scan stacks.
+    """What `layers` make of `hidden`, at the positions `outputs_at` only if given, from the stacked parameters.
 
-    All layers but the last are scanned. The stacks are cut in two by one `split` each, whose derivative is one
+    All layers but the last are then scanned. The stacks are cut in two by one `split` each, whose derivative is one
     concatenation.
     """
     stacked = nn.unbox(layers.variables["params"])
     depth = len(jax.tree.leaves(stacked)[0])
     module = _rematerialised(block.func, remat)(**block.keywords, deterministic=layers.deterministic, parent=None)
     keys = jax.random.split(layers.make_rng("dropout"), depth) if layers.has_rng("dropout") else None
-    per_layer = jax.tree.map(lambda x: jax.lax.split(x, (depth - 1, 1)), (stacked, LayerInput(rates), keys))
-    scanned, last = (jax.tree.map(lambda parts, i=i: parts[i], per_layer, is_leaf=_is_split) for i in (0, 1))
+    per_layer = (stacked, LayerInput(rates), keys)
 
     def run(hidden: Any, layer: Any, **more: Any) -> tuple[Any, None]:
         params, inputs, key = layer
         rngs = {} if key is None else {"dropout": key}
         return module.apply({"params": params}, hidden, inputs, *shared, rngs=rngs, **more)[0], None
 
-    hidden, _ = jax.lax.scan(run, jnp.asarray(hidden), scanned, unroll=min(unroll, max(1, depth - 1)))
+    if outputs_at is None:
+        return jax.lax.scan(run, hidden, per_layer, unroll=min(unroll, depth))[0]
+    halves = jax.tree.map(lambda x: jax.lax.split(x, (depth - 1, 1)), per_layer)
+    scanned, last = (jax.tree.map(lambda parts, i=i: parts[i], halves, is_leaf=_is_split) for i in (0, 1))
+    hidden, _ = jax.lax.scan(run, hidden, scanned, unroll=min(unroll, max(1, depth - 1)))
     return run(hidden, jax.tree.map(lambda x: x[0], last), outputs_at=outputs_at)[0]
 
 

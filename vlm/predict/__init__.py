@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import Parser, UserError, exit_on_user_error
+from vlm.heap import keep_freed_memory
 
 CONTRASTIVE, WRITING, GROUNDED = ("classify", "retrieve", "embed"), ("caption", "answer"), ("match", "localise")
 TASKS = (*CONTRASTIVE, *WRITING, *GROUNDED)
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = arguments().parse_args(argv)
         images, texts = find_images(options.image), read_texts(options.text, options.task == "caption")
         _check(options, images, texts)
+        keep_freed_memory()
         answer = _predict(options, images, texts)
     print(json.dumps(answer, ensure_ascii=False))
     return 0
