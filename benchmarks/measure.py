@@ -41,7 +41,7 @@ def alternate_alone(module: str, names: Sequence[str], options: Sequence[str], *
     for number in range(rounds):
         for name in names if number % 2 == 0 else reversed(names):
             command = [sys.executable, "-m", module, f"--only={name}", *options]
-            lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+            lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
             record = next(json.loads(line) for line in lines if line.startswith("{"))
             for run, seconds in record["seconds"].items():
                 times.setdefault(run, []).append((seconds, record["cpu_seconds"][run]))

@@ -113,6 +113,7 @@ class Adam:
         b1, b2 = self.b1, self.b2
         keep = lambda after, before: jnp.where(good, after, before)  # noqa: E731
         mu = jax.tree.map(lambda g, m: keep(b1 * m + (1 - b1) * (g / divisor), m), grads, state["mu"])
+        # Not jnp.square, which the norm of the gradients has computed: the compiler would keep it for both as an array.
         nu = jax.tree.map(lambda g, v: keep(b2 * v + ((1 - b2) * (g / divisor)) * (g / divisor), v), grads, state["nu"])
         corrected = jnp.maximum(count, 1).astype(jnp.float32)
         first, second = 1 - b1**corrected, 1 - b2**corrected

@@ -23,6 +23,14 @@ def test_activations(name):
     np.testing.assert_allclose(mlp.ACTIVATIONS[name](jnp.asarray(x)), TORCH[name](torch.tensor(x)), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", sorted(mlp.ACTIVATIONS))
+def test_activations_in_half_precision_keep_its_digits(name):
+    x = jnp.linspace(-4, 4, 65).astype(jnp.bfloat16)
+    exact = TORCH[name](torch.tensor(np.asarray(x, np.float32)))
+    found = np.asarray(jax.jit(mlp.ACTIVATIONS[name])(x), np.float32)
+    np.testing.assert_allclose(found, exact, rtol=0.03)
+
+
 def test_gated():
     module = mlp.GatedMLP(mlp_dim=12)
     x = jax.random.normal(jax.random.key(0), (3, 8))

@@ -117,7 +117,8 @@ def test_stacked_cache_equals_the_full_pass():
 
 @pytest.mark.parametrize("options", [{}, {"pre_norm": False}])
 @pytest.mark.parametrize(("depth", "remat"), [(3, "none"), (3, "full"), (1, "none")])
-def test_a_last_layer_of_a_few_tokens(options, depth, remat):
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_last_layer_of_a_few_tokens(options, depth, remat, deterministic):
     """Values and gradients are those of the whole pass, with masks over keys and over pairs of tokens."""
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 16)), jnp.float32)
     model = Stack(options, depth)
@@ -127,7 +128,8 @@ def test_a_last_layer_of_a_few_tokens(options, depth, remat):
 
     def run(mask, where, later):
         def total(params, x):
-            hidden = model.apply(params, x, mask, remat=remat, outputs_at=where).hidden
+            flags = {"remat": remat, "deterministic": deterministic}
+            hidden = model.apply(params, x, mask, outputs_at=where, **flags).hidden
             return jnp.sin(hidden if later is None else jnp.take_along_axis(hidden, later[:, :, None], axis=1)).sum()
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(params, x)

@@ -70,7 +70,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _matmul_forward(x: Any, kernel: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
     """Keeps what the gradients of the differentiated operands need: a frozen kernel's input is not kept."""
-    kept = (_columns(x.value) if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    kept = (_columns(x.value, kernel.value) if kernel.perturbed else None, kernel.value if x.perturbed else None)
     return jnp.dot(x.value, kernel.value, precision=exact(x.value, kernel.value)), kept
 
 
@@ -90,15 +90,15 @@ def _matmul_backward(kept: tuple[jax.Array | None, jax.Array | None], g: Any) ->
     return into_x, product(x, g, ((rows, rows), ((), ())))
 
 
-def _columns(x: jax.Array) -> jax.Array:
+def _columns(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x` [..., I] as it is kept for its kernel's gradient: wide ones on one CPU as columns [I / 16, rows, 16].
 
     The product with the gradient reads it transposed. Rows that lie multiples of 4 kB apart share a few lines of the
     caches, and turning 3072 columns takes five times as long as turning 192 blocks of 16.
     """
     width, alone = x.shape[-1], jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
-    if not alone or x.ndim < 2 or width < _WIDE or width % _BLOCK:
-        return x
+    if not alone or x.ndim < 2 or width < _WIDE or width % _BLOCK or width <= kernel.shape[1]:
+        return x  # what several kernels read (queries, keys, values) is kept once, as it is
     return x.reshape(-1, width // _BLOCK, _BLOCK).transpose(1, 0, 2)
 
 

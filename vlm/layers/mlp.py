@@ -16,9 +16,18 @@ from vlm.layers.arrays import AnyArray, exact
 from vlm.layers.linear import Initializer, Linear, constrain, default_init, param
 
 
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU's approximation by tanh (Hendrycks & Gimpel 2016), in float32 whatever `x` is."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
 def gelu(x: jax.Array) -> jax.Array:
-    """X · Φ(x) by the error function, as PyTorch computes it; half the time of jax's own form with erfc on CPU."""
-    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+    """GELU itself, x · Φ(x), by the error function as in PyTorch; half the time of jax's form with erfc on CPU.
+
+    In float32 whatever `x` is: 1 + erf cancels for negative numbers.
+    """
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -29,7 +38,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,

@@ -113,7 +113,8 @@ class TransformerBlock(nn.Module):
         normed = attention_norm(hidden) if self.pre_norm else hidden
         query, context = normed, None
         if outputs_at is not None:
-            assert rotary is None and layer.cache is None
+            if rotary is not None or layer.cache is not None:
+                raise ValueError("outputs_at: expected neither rotary positions nor a cache beside it")
             query, context = select(normed, outputs_at), normed
             hidden, mask = select(hidden, outputs_at), None if mask is None else select_rows(mask, outputs_at)
         branch, state, weights = self._attention()(
@@ -193,9 +194,9 @@ def select_rows(mask: Bool[AnyArray, "#b #h #l m"], positions: Int[AnyArray, "b 
 
 @flax.struct.dataclass
 class StackOutput:
-    """Last hidden state [B, L, E]; on request hidden_states [layers + 1, B, L, E] (the first is the stack's input),
-    attentions [layers, B, H, L, M] and, of blocks that read a context, cross_attentions; the updated cache where one
-    was given.
+    """Last hidden state [B, L, E], or [B, K, E] with `outputs_at`; on request hidden_states [layers + 1, B, L, E] (the
+    first is the stack's input), attentions [layers, B, H, L, M] and, of blocks that read a context, cross_attentions;
+    the updated cache where one was given.
     """
 
     hidden: jax.Array
@@ -220,8 +221,8 @@ def scan_layers(
     outputs_at: Int[AnyArray, "b k"] | None = None,
     name: str = "layers",
 ) -> StackOutput:
-    """Runs `num_layers` equal blocks inside the calling module: one compiled block, scanned; the parameters are
-    stacked on a leading "layers" axis.
+    """Runs `num_layers` equal blocks inside the calling module: one compiled block, scanned (with `outputs_at` a second
+    one for the last layer); the parameters are stacked on a leading "layers" axis.
 
     Args:
       block: a partial of the block's class; its keywords configure every layer.
@@ -231,7 +232,8 @@ def scan_layers(
       remat: what the backward pass computes again: nothing ("none"), all but matrix products ("dots"), or all ("full").
       unroll: layers per iteration of the scan; more trades compile time for fewer copies of the stacked weights.
       outputs_at: the positions whose last states the caller reads. The last layer computes these alone, and `hidden`
-        of the result is [B, K, E]: a twelve-layer encoder of which only the class token is read saves 7 %.
+        of the result is [B, K, E]: a twelve-layer encoder of which only the class token is read saves 7 %. Training
+        then holds a copy of the other layers' parameters, and of their gradients.
       name: path of the stacked parameters.
 
     Raises:
@@ -281,7 +283,7 @@ def _groups(hidden: AnyArray) -> int:
     batch, length, width = hidden.shape
     most = CACHE_BYTES // (16 * length * width)  # examples; a feed-forward layer is four times as wide, in float32
     size = next((size for size in range(min(batch, most), 0, -1) if batch % size == 0), 1)
-    return batch // size if alone and batch > most else 1
+    return batch // size if alone and batch > most and 2 * size > most else 1  # few are slower than too many
 
 
 def _in_groups(run: Any, groups: int, hidden: jax.Array, outputs_at: Any, shared: tuple[Any, ...]) -> jax.Array:
@@ -311,8 +313,8 @@ def _run_layers(
 ) -> jax.Array:
     """What `layers` make of `hidden`, at the positions `outputs_at` only if given, from the stacked parameters.
 
-    All layers but the last are then scanned. The stacks are cut in two by one `split` each, whose derivative is one
-    concatenation.
+    All layers but the last are then scanned. For training the stacks are cut in two by one `split` each, whose
+    derivative is one concatenation; otherwise each layer is taken from the whole stack, which copies nothing.
     """
     stacked = nn.unbox(layers.variables["params"])
     depth = len(jax.tree.leaves(stacked)[0])
@@ -327,6 +329,10 @@ def _run_layers(
 
     if outputs_at is None:
         return jax.lax.scan(run, hidden, per_layer, unroll=min(unroll, depth))[0]
+    if layers.deterministic:
+        take = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), per_layer)  # noqa: E731
+        hidden, _ = jax.lax.scan(lambda hidden, i: run(hidden, take(i)), hidden, jnp.arange(depth - 1))
+        return run(hidden, take(depth - 1), outputs_at=outputs_at)[0]
     halves = jax.tree.map(lambda x: jax.lax.split(x, (depth - 1, 1)), per_layer)
     scanned, last = (jax.tree.map(lambda parts, i=i: parts[i], halves, is_leaf=_is_split) for i in (0, 1))
     hidden, _ = jax.lax.scan(run, hidden, scanned, unroll=min(unroll, max(1, depth - 1)))

@@ -26,7 +26,6 @@ from vlm.models.flava.output import FLAVAOutput
 Image = Float[AnyArray, "b h w c"]
 Tokens = Int[AnyArray, "b l"]
 Mask = Bool[AnyArray, "b l"] | None
-Positions = Int[AnyArray, "b k"] | None
 PatchMask = Bool[AnyArray, "b p"] | Bool[AnyArray, "b i j"] | None
 
 
@@ -169,15 +168,10 @@ class FLAVA(nn.Module):
         image_mask: Bool[AnyArray, "b n"] | None = None,
         interpolate_positions: bool = False,
         deterministic: bool = True,
-        outputs_at: Positions = None,
         **outputs: Any,
     ) -> EncoderOutput:
-        """States [B, 1 + P, E] of images, of which `patch_mask` hides patches; see `__call__`.
-
-        With `outputs_at`, those of the tokens there alone (class token first).
-        """
+        """States [B, 1 + P, E] of images, of which `patch_mask` hides patches; `outputs` as of `ViT`."""
         flags: dict[str, Any] = {"interpolate_positions": interpolate_positions, "deterministic": deterministic}
-        flags["outputs_at"] = outputs_at
         if patch_mask is not None:
             patch_mask = patch_mask.reshape(len(patch_mask), -1)
         return self.vision(image, patch_mask=patch_mask, mask=image_mask, **flags, **outputs)
@@ -190,11 +184,10 @@ class FLAVA(nn.Module):
         token_types: Tokens | None = None,
         positions: Tokens | None = None,
         deterministic: bool = True,
-        outputs_at: Positions = None,
         **outputs: Any,
     ) -> EncoderOutput:
-        """States [B, L, E] of texts, or of the tokens at `outputs_at` alone."""
-        flags: dict[str, Any] = {"deterministic": deterministic, "outputs_at": outputs_at, **outputs}
+        """States [B, L, E] of texts; `outputs` as of `Bert`."""
+        flags: dict[str, Any] = {"deterministic": deterministic, **outputs}
         return self.text(tokens, mask, token_types=token_types, positions=positions, **flags)
 
     def encode_multimodal(
@@ -205,13 +198,9 @@ class FLAVA(nn.Module):
         *,
         image_mask: Bool[AnyArray, "b n"] | None = None,
         deterministic: bool = True,
-        outputs_at: Positions = None,
         **outputs: Any,
     ) -> EncoderOutput:
-        """States of pairs: class token, image and text tokens. Reads the encoders' states before their last norm.
-
-        With `outputs_at`, those of the tokens there alone.
-        """
+        """States of pairs: class token, image and text tokens. Reads the encoders' states before their last norm."""
         states = self.vision_to_fusion(image.pre_norm_state), self.text_to_fusion(text.pre_norm_state)
         keys = None
         if image_mask is not None or (mask is not None and self.config.mask_text_padding):
@@ -219,7 +208,7 @@ class FLAVA(nn.Module):
             keys[0] = keys[0] if image_mask is None else jnp.asarray(image_mask)
             keys[1] = keys[1] if mask is None or not self.config.mask_text_padding else jnp.asarray(mask)
             keys = jnp.concatenate(keys, axis=1)
-        flags: dict[str, Any] = {"deterministic": deterministic, "outputs_at": outputs_at, **outputs}
+        flags: dict[str, Any] = {"deterministic": deterministic, **outputs}
         return self.fusion(jnp.concatenate(states, axis=1), keys, **flags)
 
     def encode_image(
@@ -299,26 +288,24 @@ class FLAVA(nn.Module):
         Raises:
           ValueError: an input that it reads is missing.
         """
-        flags: dict[str, Any] = {"deterministic": deterministic}
+        if kind != "text" and image is None:
+            raise ValueError(f"expected an image for {kind} input, found none")
+        if kind != "image" and tokens is None:
+            raise ValueError(f"expected tokens for {kind} input, found none")
+        of_image = {"image_mask": image_mask, "interpolate_positions": interpolate_positions}
+        of_text = {"token_types": token_types, "positions": positions}
+        flags: dict[str, Any] = {"image": of_image, "text": of_text, "multimodal": {"image_mask": image_mask}}
+        for name in flags:
+            flags[name]["deterministic"] = deterministic
+        if first_only:
+            flags[kind]["outputs_at"] = first_tokens(tokens if kind == "text" else image)  # pyright: ignore
         outputs: dict[str, Any] = {}
-
-        def read(name: str, rows: Any) -> dict[str, Any]:
-            return {"outputs_at": first_tokens(rows) if first_only and name == kind else None}
-
-        if kind != "text":
-            if image is None:
-                raise ValueError(f"expected an image for {kind} input, found none")
-            flags_of_image = {**flags, **read("image", image), "interpolate_positions": interpolate_positions}
-            flags_of_image["image_mask"] = image_mask
-            outputs["image"] = self.encode_image_states(image, **flags_of_image)
-        if kind != "image":
-            if tokens is None:
-                raise ValueError(f"expected tokens for {kind} input, found none")
-            flags_of_text = {**flags, **read("text", tokens), "token_types": token_types, "positions": positions}
-            outputs["text"] = self.encode_text_states(tokens, mask, **flags_of_text)
+        if image is not None and kind != "text":
+            outputs["image"] = self.encode_image_states(image, **flags["image"])
+        if tokens is not None and kind != "image":
+            outputs["text"] = self.encode_text_states(tokens, mask, **flags["text"])
         if kind == "multimodal":
-            flags |= {"image_mask": image_mask, **read(kind, image)}
-            outputs[kind] = self.encode_multimodal(**outputs, mask=mask, **flags)
+            outputs[kind] = self.encode_multimodal(**outputs, mask=mask, **flags[kind])
         return outputs[kind]
 
     def codebook_logits(self, image: Image) -> Float[Array, "b i j v"]:

@@ -107,7 +107,7 @@ class _Step:
 
     def __init__(self, model: Any, params: Params, batch: Batch, rng: jax.Array, config: Any):
         self.model, self.params, self.batch, self.config = model, params, batch, config
-        self.rngs, self.mode = {"dropout": rng}, {"deterministic": "valid" in batch}
+        self.rng, self.mode = rng, {"deterministic": "valid" in batch}
         self.mode_of_images = {**self.mode, "interpolate_positions": config.interpolate_positions}
         self.count = len(batch["image"] if "image" in batch else batch["tokens"])
         if config.group_size is not None and self.count % config.group_size:
@@ -115,9 +115,10 @@ class _Step:
             raise UserError(f"config.loss.group_size: expected a divisor of the batch of {self.count}, {found}")
         self.valid = jnp.asarray(batch.get("valid", np.ones(self.count, bool)))
 
-    def apply(self, method: Any, *inputs: Any, **more: Any) -> Any:
-        """Calls a method of the model."""
-        return self.model.apply({"params": self.params}, *inputs, method=method, rngs=self.rngs, **more)
+    def apply(self, method: Any, *inputs: Any, masked: bool = True, **more: Any) -> Any:
+        """Calls a method of the model; the pass of unmasked inputs has its own dropout."""
+        rngs = {"dropout": jax.random.fold_in(self.rng, masked)}
+        return self.model.apply({"params": self.params}, *inputs, method=method, rngs=rngs, **more)
 
     def images(self) -> Metrics:
         """Masked image modelling."""
@@ -180,12 +181,10 @@ class _Step:
         return terms
 
     def _image(self, masked: bool, outputs_at: Any = None) -> EncoderOutput:
-        """The image encoder's output for the masked or the unmasked images; masked ones if there are any."""
-        patch_mask = self.batch.get("patch_mask")
-        if patch_mask is not None and not masked:
-            patch_mask = jnp.zeros_like(patch_mask)
+        """The image encoder's output for the images with the batch's patches hidden, or as they are."""
+        patch_mask = self.batch.get("patch_mask") if masked else None
         mode = {"outputs_at": outputs_at, **self.mode_of_images}
-        return self.apply(self.model.encode_image_states, self.batch["image"], patch_mask, **mode)
+        return self.apply(self.model.encode_image_states, self.batch["image"], patch_mask, masked=masked, **mode)
 
     def _text(self, masked: bool, outputs_at: Any = None) -> EncoderOutput:
         """The same of the text encoder."""
@@ -193,7 +192,7 @@ class _Step:
         tokens = batch.get("masked_tokens", batch["tokens"]) if masked else batch["tokens"]
         given = {name: batch[name] for name in ("token_types", "positions") if name in batch}
         mode = {"outputs_at": outputs_at, **given, **self.mode}
-        return self.apply(self.model.encode_text_states, tokens, batch["mask"], **mode)
+        return self.apply(self.model.encode_text_states, tokens, batch["mask"], masked=masked, **mode)
 
     def _positive(self) -> jax.Array:
         """Which pairs [B] belong together; in training all of a group where none does."""
