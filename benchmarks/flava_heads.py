@@ -3,9 +3,9 @@
     python -m benchmarks.flava_heads [--batch=8]
 
 Traces the loss and its gradient for each kind of batch (nothing is computed) with the heads, and the last layers before
-them, on all positions and on those that can be masked as configs/flava.py:full says: 75 of 196 patches; 12 of 77 tokens of a pair, 128 of 512 of a
-text. Counts matrix products and convolutions of the traced program, loops as often as they run (XLA's own count of a
-compiled program takes the scanned layers once). Prints one JSON line.
+them, on all positions and on those that can be masked as configs/flava.py:full says: 75 of 196 patches; 12 of 77 tokens
+of a pair, 128 of 512 of a text. Counts matrix products and convolutions of the traced program, loops as often as they
+run (XLA's own count of a compiled program takes the scanned layers once). Prints one JSON line.
 """
 
 from __future__ import annotations
