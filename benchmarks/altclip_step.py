@@ -3,8 +3,8 @@
     python -m benchmarks.altclip_step [--batch=8] [--length=77] [--rounds=7] [--alone=0] [--lock_image]
 
 Both train every parameter (with `--lock_image`, as in AltCLIP's second stage, the image tower is frozen) in float32
-with the same loss on the same arrays, alternating in one process; ours is the
-step that train.py runs (`vlm.training.make_train_step`: non-finite guard, norms and metrics included), theirs is
+with the same loss on the same arrays, alternating in one process; ours is the step that train.py runs
+(`vlm.training.make_train_step`: non-finite guard, norms and metrics included), theirs is
 `AltCLIPModel(..., return_loss=True)`, `backward` and fused `torch.optim.AdamW`. Prints medians and the ratio of the
 medians (> 1: ours is faster) as one JSON line. Run it on an otherwise idle machine.
 With `--alone=N`, N times, each runs in a process of its own, in turn: ours then has the heap that train.py sets for
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import alternate, alternate_alone, report
+from benchmarks.measure import NAMES, alternate, alternate_alone, report
 from vlm import schema
 from vlm.encoders.bert import BertConfig
 from vlm.encoders.vit import ViTConfig
@@ -36,7 +36,6 @@ from vlm.optimizer import make_optimizer
 from vlm.training import StateInit, make_train_step
 from vlm.tree import flatten
 
-NAMES = ("vlm", "transformers")
 LOCKED = "vision/.*|vision_projection/.*"
 
 
@@ -109,9 +108,7 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=0, help="so many processes for each, in turn")
     options = parser.parse_args()
     if options.alone:
-        sizes = [f"--{name}={getattr(options, name)}" for name in ("batch", "length", "layers", "rounds")]
-        sizes += ["--lock_image"] if options.lock_image else []
-        times = alternate_alone("benchmarks.altclip_step", NAMES, sizes, rounds=options.alone)
+        times = alternate_alone("benchmarks.altclip_step", options)
         report("altclip_step", times, reference="transformers", settings=vars(options))
         return
     if options.only == "vlm":

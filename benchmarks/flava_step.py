@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import alternate, alternate_alone, report
+from benchmarks.measure import NAMES, alternate, alternate_alone, report
 from configs import flava
 from vlm import schema
 from vlm.convert.views import from_array
@@ -43,8 +43,6 @@ from vlm.optimizer import make_optimizer
 from vlm.strict import build
 from vlm.training import StateInit, make_train_step, shortest_text
 from vlm.tree import flatten, unflatten
-
-NAMES = ("vlm", "transformers")
 
 
 def make_batch(rows: int, words: float, labels: str) -> dict[str, np.ndarray]:
@@ -152,8 +150,7 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=0, help="so many processes for each, in turn")
     options = parser.parse_args()
     if options.alone:
-        same = [f"--{name}={getattr(options, name)}" for name in ("batch", "rounds", "words", "labels", "lengths")]
-        times = alternate_alone("benchmarks.flava_step", NAMES, same, rounds=options.alone)
+        times = alternate_alone("benchmarks.flava_step", options)
         report("flava_step", times, reference="transformers", settings=vars(options))
         return
     if options.only == "vlm":

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 import vlm
-from benchmarks.measure import Times, alternate, alternate_alone, report
+from benchmarks.measure import NAMES, Times, alternate, alternate_alone, report
 from vlm.fusion.med import MedConfig
 from vlm.generation import GenerationConfig, prepare
 from vlm.generation.generate import continue_prompts
@@ -37,7 +37,6 @@ from vlm.heap import keep_freed_memory
 from vlm.models.blip.config import VIT, BLIPConfig
 from vlm.models.blip.model import BLIP
 
-NAMES = ("vlm", "transformers")
 CONFIG = BLIPConfig(
     vision=dataclasses.replace(VIT, image_size=384),
     text=None,
@@ -139,9 +138,7 @@ def main() -> None:
         keep_freed_memory()
     if options.alone:
         for beams in options.num_beams:
-            same = [f"--{name}={getattr(options, name)}" for name in ("batch", "new_tokens", "rounds")]
-            same += [f"--num_beams={beams}", *(["--decode_only"] if options.decode_only else [])]
-            _report(alternate_alone("benchmarks.generation", NAMES, same, rounds=options.alone), options, beams)
+            _report(alternate_alone("benchmarks.generation", options, num_beams=beams), options, beams)
         return
     image = np.random.default_rng(0).normal(size=(options.batch, 384, 384, 3)).astype(np.float32)
     vlm_too, theirs_too = options.only != "transformers", options.only != "vlm"

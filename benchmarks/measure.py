@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -9,12 +10,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
 PAUSE = 0.5
 """Seconds before each timed run: PyTorch's OpenMP threads spin for a while after a call and would slow the next one."""
+
+NAMES = ("vlm", "transformers")
+"""Of the contenders that can run alone."""
 
 Times = dict[str, list[tuple[float, float]]]
 
@@ -35,12 +39,16 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warmu
     return times
 
 
-def alternate_alone(module: str, names: Sequence[str], options: Sequence[str], *, rounds: int) -> Times:
-    """The same with a process for every run, as each would run by itself: `module --only=NAME` with `options`."""
+def alternate_alone(module: str, options: argparse.Namespace, **changed: Any) -> Times:
+    """The same with a process for every run, `options.alone` of each contender in `NAMES`: `module --only=NAME`, and
+    the other `options`, or what is `changed` of them.
+    """
+    given = {name: value for name, value in (vars(options) | changed).items() if name not in ("only", "alone")}
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value]
     times: Times = {}
-    for number in range(rounds):
-        for name in names if number % 2 == 0 else reversed(names):
-            command = [sys.executable, "-m", module, f"--only={name}", *options]
+    for number in range(options.alone):
+        for name in NAMES if number % 2 == 0 else reversed(NAMES):
+            command = [sys.executable, "-m", module, f"--only={name}", *flags]
             lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
             record = next(json.loads(line) for line in lines if line.startswith("{"))
             for run, seconds in record["seconds"].items():

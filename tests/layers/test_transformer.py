@@ -11,7 +11,7 @@ import pytest
 from vlm.flops import count_flops
 from vlm.layers import masks
 from vlm.layers.cache import Cache
-from vlm.layers.transformer import LayerInput, TransformerBlock, scan_layers
+from vlm.layers.transformer import LayerInput, TransformerBlock, _groups, scan_layers
 
 from ..quick import random_params
 
@@ -186,3 +186,12 @@ def test_groups_of_examples_equal_the_whole_batch(monkeypatch):
     (whole, one), (pairs, two) = run(6 * rows), run(3 * rows - 1)
     assert (one, two) == (1, 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), pairs, whole)
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(8, 2), (9, 3), (4, 1), (7, 1), (31, 1), (32, 8)])
+def test_groups_are_at_least_half_of_what_fits(batch, groups, monkeypatch):
+    """Groups of single examples would be slower than too large a batch."""
+    monkeypatch.setattr("vlm.layers.transformer.CACHE_BYTES", 4 * 16 * 5 * 16)
+    assert _groups(np.zeros((batch, 5, 16), np.float32)) == groups
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((8,), ("data",))):
+        assert _groups(np.zeros((batch, 5, 16), np.float32)) == 1

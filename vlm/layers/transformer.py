@@ -330,7 +330,10 @@ def _run_layers(
     if outputs_at is None:
         return jax.lax.scan(run, hidden, per_layer, unroll=min(unroll, depth))[0]
     if layers.deterministic:
-        take = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), per_layer)  # noqa: E731
+
+        def take(i: Any) -> Any:
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), per_layer)
+
         hidden, _ = jax.lax.scan(lambda hidden, i: run(hidden, take(i)), hidden, jnp.arange(depth - 1))
         return run(hidden, take(depth - 1), outputs_at=outputs_at)[0]
     halves = jax.tree.map(lambda x: jax.lax.split(x, (depth - 1, 1)), per_layer)
