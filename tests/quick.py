@@ -51,3 +51,9 @@ def products(jaxpr):
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             exact = equation.params["precision"] in (highest, (highest, highest))
             yield exact, all(operand.aval.dtype == jnp.float32 for operand in equation.invars)
+
+
+def no_array_is_gathered_for_want_of_a_layout(capfd):
+    """The compiler's partitioner says on stderr where it gave every device a whole array, as a last resort."""
+    err = capfd.readouterr().err
+    assert "Involuntary full rematerialization" not in err, err

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
-from vlm.layers.linear import matmul
+from vlm import sharding
+from vlm.layers.linear import Embedding, matmul
+from vlm.schema import MeshConfig, ShardingConfig
+
+from ..quick import no_array_is_gathered_for_want_of_a_layout
 
 
 @pytest.mark.parametrize("width", [6, 2048, 2056])
@@ -63,3 +69,38 @@ def test_an_unused_result_has_zero_gradients():
 
     into_x, into_kernel = jax.grad(objective, argnums=(0, 1))(jnp.ones((2, 3)), jnp.ones((3, 4)))
     assert (into_x == 1).all() and (into_kernel == 0).all()
+
+
+@pytest.mark.parametrize("axes", [("vocab", "embed"), ("position", "embed")])
+@pytest.mark.parametrize(("rows", "exchanged"), [(6, False), (64, True)])
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1)])
+def test_lookup_in_a_split_table(mesh, rows, exchanged, axes, capfd):
+    """A small table is gathered, rows of a large one are exchanged; never the whole batch."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(rows, 16)), jnp.float32)
+    ids, weight = rng.integers(0, rows, (16, 5)), rng.normal(size=(16, 5, 16)).astype(np.float32)
+    module, rules = Embedding(rows, 16, axes), ShardingConfig().rules
+
+    def objective(table, ids):
+        found = module.apply({"params": {"embedding": table}}, ids)
+        return jnp.sum(jnp.tanh(found) * weight), found
+
+    run = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (_, expected), expected_gradient = run(table, ids)
+    grid = sharding.make_mesh(MeshConfig(*mesh))
+    with sharding.use(grid, rules):
+        split = jax.sharding.NamedSharding(grid, jax.sharding.PartitionSpec(("data", "fsdp")))
+        names = jax.sharding.PartitionSpec(*(dict(rules)[axis] for axis in axes))
+        where = jax.sharding.NamedSharding(grid, names)
+        inputs = jax.device_put(table, where), jax.device_put(ids, split)
+        compiled = (
+            jax.jit(jax.value_and_grad(objective, has_aux=True), out_shardings=((None, split), where))
+            .lower(*inputs)
+            .compile()
+        )
+        (_, found), gradient = compiled(*inputs)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+    assert ("all-to-all" in compiled.as_text()) == exchanged
+    assert not re.search(r"= f32\[16,5,16\]\S* all-gather\(", compiled.as_text())
+    no_array_is_gathered_for_want_of_a_layout(capfd)

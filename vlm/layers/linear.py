@@ -50,12 +50,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
 
     def fits(size: int, axis: str | None) -> bool:
-        names = rules.get(axis or "") or ()
-        names = (names,) if isinstance(names, str) else names
-        return size % math.prod(sizes.get(name, 1) for name in names) == 0
+        return size % math.prod(sizes.get(name, 1) for name in _mesh_axes(rules, axis)) == 0
 
     kept = tuple(axis if fits(size, axis) else None for size, axis in zip(x.shape, axes, strict=True))
     return cast(jax.Array, nn.with_logical_constraint(x, kept, fallback=RulesFallback.RAISE_ERROR))
+
+
+def _mesh_axes(rules: dict[str, Any], axis: str | None) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is split over."""
+    names = rules.get(axis or "") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 @jax.custom_vjp
@@ -159,7 +163,7 @@ class Embedding(nn.Module):
         self.embedding = param(self, "embedding", self._init, shape, self.axes)
 
     def __call__(self, ids: Int[AnyArray, "*b"]) -> Float[Array, "*b e"]:
-        rows = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        rows = self._look_up(jnp.asarray(ids))
         if self.pad_id is None:
             return rows
         return jnp.where(jnp.expand_dims(ids == self.pad_id, -1), jax.lax.stop_gradient(rows), rows)
@@ -168,6 +172,28 @@ class Embedding(nn.Module):
         """Scores `hidden` against every row of the table."""
         hidden = hidden.astype(self.dtype)
         return jnp.dot(hidden, self.embedding.astype(self.dtype).T, precision=exact(hidden))
+
+    def _look_up(self, ids: Int[Array, "*b"]) -> Float[Array, "*b e"]:
+        """Rows of the table, wherever it lives, on the devices of the ids.
+
+        Where the mesh axes that split the features split the batch, too (fsdp), every device gets the whole of a table
+        that is smaller than its rows; rows of a larger one are looked up where their features are, by all devices that
+        share them, and then change hands in one all-to-all. Left alone, the compiler may give every device the rows of
+        the whole batch, forwards or backwards ("involuntary full rematerialization").
+        """
+        rules, sizes = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh().shape
+        features = _mesh_axes(rules, self.axes[1])
+        here = tuple(name for name in _mesh_axes(rules, "batch") if name not in features)
+        inner = (None,) * (ids.ndim - 1)
+        if not rules or not sizes or ids.ndim < 2:
+            return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        batch, width = (math.prod(sizes[name] for name in names) for names in (here, features))
+        if self.num_embeddings <= ids.size // (batch * width) or ids.shape[0] % batch or self.features % width:
+            rows = jnp.take(constrain(self.embedding, self.axes[0], None), ids, axis=0).astype(self.dtype)
+        else:
+            rows = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+            rows = jax.lax.with_sharding_constraint(rows, jax.sharding.PartitionSpec(here, *inner, features))
+        return constrain(rows, "batch", *inner, "embed_activation")
 
     def _init(self, *arguments: Any) -> jax.Array:
         table = self.embedding_init(*arguments)

@@ -115,8 +115,9 @@ class TransformerBlock(nn.Module):
         if outputs_at is not None:
             if rotary is not None or layer.cache is not None:
                 raise ValueError("outputs_at: expected neither rotary positions nor a cache beside it")
-            query, context = select(normed, outputs_at), normed
-            hidden, mask = select(hidden, outputs_at), None if mask is None else select_rows(mask, outputs_at)
+            context = constrain(normed, "batch", "length", "embed_activation")
+            query, hidden = select(normed, outputs_at), select(hidden, outputs_at)
+            mask = None if mask is None else select_rows(mask, outputs_at)
         branch, state, weights = self._attention()(
             query,
             mask,
@@ -132,6 +133,7 @@ class TransformerBlock(nn.Module):
         branch = self._mlp()(mlp_norm(hidden) if self.pre_norm else hidden)
         hidden = hidden + self._drop(branch, layer)
         hidden = hidden if self.pre_norm else mlp_norm(hidden)
+        hidden = constrain(hidden, "batch", "length", "embed_activation")
         return hidden, LayerOutput(
             hidden=hidden if self.output_hidden_states else None,
             attention=weights,
@@ -176,7 +178,9 @@ class TransformerBlock(nn.Module):
 
 def select(hidden: Float[AnyArray, "b l e"], positions: Int[AnyArray, "b k"]) -> Float[Array, "b k e"]:
     """The tokens at `positions` of each row."""
-    return jnp.take_along_axis(jnp.asarray(hidden), jnp.asarray(positions)[:, :, None], axis=1)
+    positions = constrain(jnp.asarray(positions), "batch", "length")
+    tokens = jnp.take_along_axis(jnp.asarray(hidden), positions[:, :, None], axis=1)
+    return constrain(tokens, "batch", "length", "embed_activation")
 
 
 def first_tokens(rows: AnyArray) -> Int[Array, "b 1"]:
