@@ -40,8 +40,9 @@ from vlm.models.flava import weights
 from vlm.models.flava.loss import LossConfig, loss
 from vlm.models.flava.model import FLAVA
 from vlm.optimizer import make_optimizer
+from vlm.padding import TextLengths
 from vlm.strict import build
-from vlm.training import StateInit, make_train_step, shortest_text
+from vlm.training import StateInit, make_train_step
 from vlm.tree import flatten, unflatten
 
 
@@ -127,7 +128,7 @@ def our_step(theirs, batch: dict[str, np.ndarray], lengths: tuple[int, ...], ful
     state = start.finish(unflatten({path: jnp.asarray(value) for path, value in params.items()}), {})
     objective = functools.partial(loss, model, config=config)
     step = make_train_step(objective, optimizer, seed=0)
-    arrays = {name: jnp.asarray(value) for name, value in shortest_text(batch, lengths).items()}
+    arrays = {name: jnp.asarray(value) for name, value in TextLengths(tuple(lengths)).fit(batch).items()}
     compiled = jax.jit(step, donate_argnums=0).lower(state, arrays).compile()
 
     def run() -> float:

@@ -9,12 +9,12 @@ from jax.sharding import NamedSharding
 from vlm import schema, sharding
 from vlm.config import build, complete
 from vlm.errors import UserError
-from vlm.experiment import compile_step, experiment
+from vlm.experiment import compile_step, experiment, text_lengths
 from vlm.flops import count_flops
-from vlm.training import init_state
+from vlm.training import init_state, make_train_step, trace_step
 from vlm.tree import flatten
 
-from .quick import products
+from .quick import no_array_is_gathered_for_want_of_a_layout, products
 
 BATCH, LENGTH = 16, 6
 TOWER = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 32}
@@ -46,8 +46,11 @@ def batch_of(step):
     }
 
 
-def losses(config, steps=3):
-    """The losses of a few steps on as many devices as the mesh names, and the final parameters."""
+def losses(config, steps=3, *, in_step=False):
+    """The losses of a few steps on as many devices as the mesh names, and the final parameters.
+
+    With `in_step`, the step itself shortens its texts, as on several hosts.
+    """
     mesh = config.sharding.mesh
     mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
     with sharding.use(mesh, config.sharding.rules):
@@ -55,26 +58,62 @@ def losses(config, steps=3):
         placements = sharding.place(parts.init.abstract(), config.sharding.rules, mesh.shape)
         state = init_state(parts.init, placements, mesh, 0)
         split = NamedSharding(mesh, sharding.batch_spec(config.sharding, BATCH, mesh.shape))
-        batches = [sharding.put_batch(batch_of(step), split, BATCH) for step in range(steps)]
+        texts = text_lengths(config, split)
+        hosts = [batch_of(step) for step in range(steps)]
+        batches = [sharding.put_batch(batch if in_step else texts.fit(batch), split, BATCH) for batch in hosts]
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        step, flops = compile_step(config, parts, state, batches[0], split, options)
-        found = []
+        found, compiled = [], {}
         for batch in batches:
+            shape = tuple(getattr(batch.get("packing"), "shape", ()))
+            if shape not in compiled and in_step:
+                step = make_train_step(parts.loss, parts.optimizer, 0, config.optimizer.accumulation_steps, texts)
+                compiled[shape] = trace_step(step, state, batch, split).lower().compile(options), None
+            elif shape not in compiled:
+                compiled[shape] = compile_step(config, parts, state, batch, split, options)
+            step, flops = compiled[shape]
+            assert flops is None or flops.whole > 0
             state, metrics = step(state, batch)
             found.append(float(metrics["loss"]))
-    assert flops.whole > 0
-    return found, jax.device_get(state.params)
+    return found, jax.device_get(state.params), compiled
 
 
-def test_altclip_on_eight_devices_equals_one():
+def test_altclip_on_eight_devices_equals_one(capfd):
     """Without recomputation on one device, with it on eight: neither changes the losses."""
     shared = {"optimizer": {"lr": 1e-2, "groups": GROUPS}}
     single = losses(settings(sharding={"mesh": {"data": 1}}, **shared))
     ours = losses(settings(sharding={"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}, remat="full", **shared))
-    np.testing.assert_allclose(ours[0], single[0], rtol=1e-5)
+    _check_equal(ours, single)
     assert ours[0][0] != ours[0][1]
+    no_array_is_gathered_for_want_of_a_layout(capfd)
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 4, 1)])
+def test_no_array_is_gathered_for_want_of_a_layout(mesh, capfd):
+    mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    losses(settings(sharding={"mesh": mesh}, optimizer={"lr": 1e-2, "groups": GROUPS}), steps=1)
+    no_array_is_gathered_for_want_of_a_layout(capfd)
+
+
+def _check_equal(ours, expected):
+    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
     for path, value in flatten(ours[1]).items():
-        np.testing.assert_allclose(value, flatten(single[1])[path], rtol=1e-3, atol=1e-3, err_msg=path)
+        np.testing.assert_allclose(value, flatten(expected[1])[path], rtol=1e-3, atol=1e-3, err_msg=path)
+
+
+def test_packed_texts_give_the_losses_of_whole_rows(capfd):
+    """On one device and on eight, in micro-batches; the step of several hosts packs them itself."""
+    text = MODEL["text"] | {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    shared = {"optimizer": {"lr": 1e-2, "groups": GROUPS, "accumulation_steps": 2}, "model": MODEL | {"text": text}}
+    whole = losses(settings(sharding={"mesh": {"data": 1}}, **shared))
+    train = {"text_lengths": (3, 4, 5), "pack_texts": 4}
+    single = losses(settings(sharding={"mesh": {"data": 1}}, train=train, **shared))
+    assert {(4, 4 * 5)} <= single[2].keys()
+    _check_equal(single, whole)
+    mesh = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
+    for in_step in (False, True):
+        several = losses(settings(sharding=mesh, train=train, **shared), in_step=in_step)
+        _check_equal(several, whole)
+    no_array_is_gathered_for_want_of_a_layout(capfd)
 
 
 def test_compute_dtype_and_remat_reach_every_tower_and_parameters_stay_float32():
@@ -122,6 +161,7 @@ def test_float32_is_multiplied_in_float32(compute):
         ),
         ({"model": MODEL | {"projection_dim": 0}}, r"config\.model: projection_dim: expected at least 1, found 0"),
         ({"processor": PROCESSOR | {"max_length": 11}}, r"max_length: expected at most the 10 positions .*, found 11"),
+        ({"train": {"pack_texts": 4}}, r"config\.train: pack_texts: expected 1, or lengths in text_lengths, found 4"),
         ({"loss": {"objective": "contrast"}}, r"config\.loss\.objective: expected one of"),
         ({"optimizer": {"groups": (("visoin/.*", {}), (".*", {}))}}, "nothing matches the rule visoin"),
     ],

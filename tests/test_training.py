@@ -16,8 +16,9 @@ from vlm.errors import UserError
 from vlm.flops import StepFlops
 from vlm.layers.linear import Linear, constrain, partitioned
 from vlm.optimizer import make_optimizer
+from vlm.padding import TextLengths
 from vlm.schema import GroupConfig, MeshConfig, OptimizerConfig, ScheduleConfig, ShardingConfig
-from vlm.training import StateInit, _accumulate, init_state, make_train_step, shortest_text, trace_step
+from vlm.training import StateInit, _accumulate, init_state, make_train_step, trace_step
 from vlm.tree import flatten
 
 BATCH, WIDTH = 16, 8
@@ -303,7 +304,8 @@ def test_padding_that_no_text_needs_is_cut_off(devices, accumulation):
 
     with sharding.use(mesh, ShardingConfig().rules):
         whole, cut = (
-            jax.jit(make_train_step(_text_loss, optimizer, 0, accumulation, lengths)) for lengths in ((), (12, 4, 30))
+            jax.jit(make_train_step(_text_loss, optimizer, 0, accumulation, texts))
+            for texts in (None, TextLengths((12, 4, 30)))
         )
         for longest, chosen in ((3, 4), (4, 4), (5, 12), (12, 12), (13, 20), (20, 20)):
             placed = {name: jax.device_put(value, rows) for name, value in batch(longest).items()}
@@ -327,8 +329,9 @@ def test_several_hosts_cut_as_one_does():
         hidden = params["table"][batch["tokens"]] * jax.random.bernoulli(rng, 0.5, batch["mask"].shape)[..., None]
         return jnp.square((hidden * batch["mask"][..., None]).sum(1)).mean(), ({}, extra)
 
-    several, one = (jax.jit(make_train_step(loss, optimizer, 0, 2, lengths)) for lengths in ((4, 12), ()))
-    found, expected = several(state, batch)[1]["loss"], one(state, shortest_text(batch, (4, 12)))[1]["loss"]
+    texts = TextLengths((4, 12))
+    several, one = (jax.jit(make_train_step(loss, optimizer, 0, 2, texts)) for texts in (texts, None))
+    found, expected = several(state, batch)[1]["loss"], one(state, texts.fit(batch))[1]["loss"]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert abs(one(state, batch)[1]["loss"] / expected - 1) > 1e-3  # whole rows have other masks
 
@@ -337,16 +340,3 @@ def test_step_flops_of_cut_rows():
     flops = StepFlops(100.0, (4, 12, 20), (20.0, 60.0, 100.0))
     assert flops.of({"text_length": 12.0}) == 60 and flops.of({"text_length": 8.0}) == 40
     assert flops.of({}) == StepFlops(100.0).of({"text_length": 4.0}) == 100
-
-
-def test_one_host_cuts_its_own_batches():
-    mask = np.arange(20)[None] < np.array([[3], [5], [0]])
-    batch = {"tokens": np.ones((3, 20)), "mask": mask, "labels": np.zeros(3), "teacher_tokens": np.ones((3, 20))}
-    for longest, size in ((5, 6), (6, 6), (7, 20), (20, 20)):
-        batch["mask"][0] = np.arange(20) < longest
-        cut = shortest_text(batch, (6, 4, 30))
-        assert cut["tokens"].shape == cut["mask"].shape == (3, size) and cut["teacher_tokens"].shape == (3, 20)
-        assert cut["labels"].shape == (3,)
-    assert shortest_text(batch, ()) is batch and shortest_text({"image": mask}, (4,)) == {"image": mask}
-    batch["mask"][:] = False
-    assert shortest_text(batch, (4,))["mask"].shape == (3, 4)

@@ -31,11 +31,12 @@ from vlm.family import Family
 from vlm.layers.pixels import normalise_pixels
 from vlm.models import get_family
 from vlm.optimizer import Optimizer, make_optimizer
+from vlm.padding import TextLengths
 from vlm.preemption import Preemption
 from vlm.schema import Config
 from vlm.sharding import local_rows, put_batch, reads_first, unbox
 from vlm.strict import build
-from vlm.training import LossFn, StateInit, cut_text, make_train_step, shortest_text, text_sizes, trace_step
+from vlm.training import LossFn, StateInit, make_train_step, trace_step
 from vlm.tree import flatten, listing
 
 
@@ -66,6 +67,8 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
         raise UserError(
             "config.train.text_lengths: this model attends to padding (mask_text_padding=False): expected ()"
         )
+    if settings.train.pack_texts > 1 and not family.packs_texts:
+        raise UserError(f"config.train.pack_texts: {family.name} does not pack texts: expected 1")
     if settings.data.teacher_cache is not None and not hasattr(loss_config, "target_dim"):
         raise UserError(f"config.data.teacher_cache: no objective of {family.name} learns from precomputed embeddings")
     processor_config: Any = build(family.processor_type, settings.processor, "processor")
@@ -189,6 +192,12 @@ def _codebook_cache(settings: Config, processor: Any) -> TeacherCache:
     return cache
 
 
+def text_lengths(settings: Config, split: NamedSharding) -> TextLengths:
+    """What of the texts' padding the training step leaves out."""
+    micro = settings.optimizer.accumulation_steps
+    return TextLengths.of(settings.train, micro, settings.data.batch_size, split)
+
+
 def device_batches(
     settings: Config, batches: Iterator[Any], split: NamedSharding, preemption: Preemption, count: int
 ) -> Iterator[tuple[Mapping[str, jax.Array], float, float]]:
@@ -196,7 +205,7 @@ def device_batches(
 
     Copies run beside the step before.
     """
-    rows, lengths = settings.data.batch_size, settings.train.text_lengths
+    rows, texts = settings.data.batch_size, text_lengths(settings, split)
 
     def draw() -> tuple[Any, float]:
         began = time.monotonic()
@@ -206,7 +215,7 @@ def device_batches(
     for batch, waited in preemption.in_step(draw, count):
         tokens = float(batch["mask"].sum()) * rows / len(batch["mask"]) if "mask" in batch else 0.0
         if jax.process_count() == 1:  # several hosts choose a length in the step
-            batch = shortest_text(batch, lengths)
+            batch = texts.fit(batch)
         yield put_batch(batch, split, rows), tokens, waited
 
 
@@ -243,20 +252,21 @@ def compile_step(
 ) -> tuple[Any, flops.StepFlops]:
     """Compiles the training step for this state and batch; also returns its model FLOPs."""
     train, accumulation = settings.train, settings.optimizer.accumulation_steps
-    lengths = train.text_lengths if jax.process_count() > 1 else ()  # one host has cut its batch already
+    texts = text_lengths(settings, split)
+    sizes = texts.sizes(batch) if jax.process_count() > 1 else []  # one host has shortened its batch already
 
-    def trace(parts: Experiment, batch: Any, lengths: tuple[int, ...] = ()) -> Any:
-        step = make_train_step(parts.loss, parts.optimizer, train.seed, accumulation, lengths)
+    def trace(parts: Experiment, batch: Any, texts: TextLengths | None = None) -> Any:
+        step = make_train_step(parts.loss, parts.optimizer, train.seed, accumulation, texts)
         return trace_step(step, state, batch, split)
 
-    traced = trace(parts, batch, lengths)
+    traced = trace(parts, batch, texts if sizes else None)
     plain = parts if settings.remat == "none" else experiment(settings, remat="none")
     compiled = traced.lower().compile(compiler_options=compiler_options)
-    if not lengths or "mask" not in batch:
+    if not sizes:
         return compiled, flops.StepFlops(flops.count_flops((traced if plain is parts else trace(plain, batch)).jaxpr))
-    sizes, shapes = text_sizes(batch, lengths), jax.eval_shape(dict, batch)
-    cut = [jax.eval_shape(lambda batch, size=size: cut_text(batch, size), shapes) for size in sizes]
-    counts = [flops.count_flops(trace(plain, batch).jaxpr) for batch in cut]
+    shapes = jax.eval_shape(dict, batch)
+    shortened = [jax.eval_shape(lambda batch, size=size: texts.shorten(batch, size), shapes) for size in sizes]
+    counts = [flops.count_flops(trace(plain, batch).jaxpr) for batch in shortened]
     return compiled, flops.StepFlops(counts[-1], tuple(sizes), tuple(counts))
 
 

@@ -280,6 +280,9 @@ class TrainConfig:
       text_lengths: lengths of text that the step is compiled for besides the whole row: every step runs on the shortest
         that holds all real tokens of its global batch, the same on all devices and for every number of hosts. The
         result is that of whole rows, unless there is dropout, whose masks are drawn for the length that is run.
+      pack_texts: so many rows (at most those of a device and micro-batch, and a divisor of them) lay their texts end to
+        end; the lengths above are then those of the mean text of such rows, not of the longest. 1: rows are cut. For
+        AltCLIP and CLIP: the teacher of stage 1, if run live, is not packed.
       max_bad_steps: the run stops after this many consecutive steps with a non-finite loss or gradient.
       sample_images: images of the first batch written to workdir/samples.
       tensorboard: also write TensorBoard event files.
@@ -295,16 +298,19 @@ class TrainConfig:
     keep_every: int | None = None
     verify: Literal["auto", "full", "fast"] = "auto"
     text_lengths: tuple[int, ...] = ()
+    pack_texts: int = 1
     max_bad_steps: int = 8
     sample_images: int = 16
     tensorboard: bool = True
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        at_least(1, self, "steps", "keep", "keep_every", "max_bad_steps")
+        at_least(1, self, "steps", "keep", "keep_every", "max_bad_steps", "pack_texts")
         at_least(0, self, "log_every", "eval_every", "checkpoint_every", "sample_images")
         if any(length < 1 for length in self.text_lengths):
             raise ValueError(f"text_lengths: expected lengths of at least 1, found {self.text_lengths}")
+        if self.pack_texts > 1 and not self.text_lengths:
+            raise ValueError(f"pack_texts: expected 1, or lengths in text_lengths, found {self.pack_texts}")
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,11 @@ def batch_spec(
     return PartitionSpec(axes)
 
 
+def batch_ways(sharding: NamedSharding) -> int:
+    """How many devices' worth of rows a batch is split into."""
+    return math.prod(sharding.mesh.shape[axis] for axis in _names(sharding.spec[0] if sharding.spec else None))
+
+
 def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
     """The rows [start, stop) of the global batch that this host's devices hold and this host must read.
 
@@ -339,7 +344,7 @@ def host_rows(parts: Mapping[int, set[tuple[int, int]]], batch_size: int) -> dic
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> dict[str, jax.Array]:
     """Puts this host's rows of a batch on its devices; together the hosts' rows form arrays of `batch_size` rows."""
     if jax.process_count() == 1:
-        return jax.device_put(dict(batch), sharding)  # one call for all arrays
+        return jax.device_put(dict(batch), sharding)  # one call for all arrays, some of which have a row for several
     return {
         name: jax.make_array_from_process_local_data(sharding, array, (batch_size, *array.shape[1:]))
         for name, array in batch.items()

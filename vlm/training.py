@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -21,6 +21,7 @@ from vlm.convert.views import TensorView
 from vlm.errors import UserError, did_you_mean
 from vlm.layers.linear import constrain
 from vlm.optimizer import Optimizer, merge, update_ema
+from vlm.padding import TextLengths
 from vlm.sharding import Placement, unbox, without_constraints
 from vlm.tree import flatten, unflatten
 
@@ -165,7 +166,7 @@ def put_weight(
 
 
 def make_train_step(
-    loss: LossFn, optimizer: Optimizer, seed: int, accumulation_steps: int = 1, text_lengths: Sequence[int] = ()
+    loss: LossFn, optimizer: Optimizer, seed: int, accumulation_steps: int = 1, texts: TextLengths | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds one training step, a pure function.
 
@@ -177,9 +178,9 @@ def make_train_step(
     equal to the whole batch for losses that are means over examples, but a contrastive loss then sees only its
     micro-batch's candidates.
 
-    With `text_lengths`, padding that no row of the global batch needs is cut off before anything is computed: the step
-    holds a program for each of these lengths, and all devices run the shortest that every text fits in. That is for
-    several hosts, none of which knows all rows; one host cuts its batches itself, to the same length (`shortest_text`).
+    With `texts`, padding that the global batch does not need is left out before anything is computed: the step holds a
+    program for each length, and all devices run the shortest that will do. That is for several hosts, none of which
+    knows all rows; one host shortens its batches itself, to the same length (`TextLengths.fit`).
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -191,7 +192,9 @@ def make_train_step(
 
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient = _accumulate(jax.value_and_grad(objective, has_aux=True), accumulation_steps)
-        (value, (terms, extra)), grads = _by_length(gradient, text_lengths)(trainable, state.extra, batch, rng)
+        (value, (terms, extra)), grads = _by_length(gradient, texts or TextLengths())(
+            trainable, state.extra, batch, rng
+        )
 
         grad_norm = optax.tree.norm(grads)
         learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
@@ -223,54 +226,22 @@ def make_train_step(
     return step
 
 
-TEXT_KEYS = ("tokens", "mask", "token_types", "positions", "masked_tokens", "token_labels", "labels")
-"""What has a column for every token of `tokens`, if its shape says so."""
-
-
-def cut_text(batch: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """The batch with the first `length` columns of its texts."""
-    whole = batch["mask"].shape[:2]
-    return {
-        name: value[:, :length] if name in TEXT_KEYS and value.shape[:2] == whole else value
-        for name, value in batch.items()
-    }
-
-
-def text_sizes(batch: Mapping[str, Any], lengths: Sequence[int]) -> list[int]:
-    """The lengths that the step of such a batch is compiled for, ascending; the last is the whole row."""
-    whole = batch["mask"].shape[1]
-    return sorted({length for length in lengths if length < whole} | {whole})
-
-
-def shortest_text(batch: Mapping[str, Any], lengths: Sequence[int]) -> Mapping[str, Any]:
-    """The batch (NumPy arrays) cut to the shortest of `lengths` that holds its texts; of one host that has all rows."""
-    if not lengths or "mask" not in batch:
-        return batch
-    columns = np.flatnonzero(np.asarray(batch["mask"]).any(axis=0))
-    longest = int(columns[-1]) + 1 if len(columns) else 1
-    return cut_text(batch, next(size for size in text_sizes(batch, lengths) if size >= longest))
-
-
-def _by_length(gradient: Callable[..., Any], lengths: Sequence[int]) -> Callable[..., Any]:
+def _by_length(gradient: Callable[..., Any], texts: TextLengths) -> Callable[..., Any]:
     """`gradient` of the batch without the padding that no row needs; the length is added to its terms.
 
     The choice is made around the gradient, not inside: the backward pass of a conditional would keep the activations
     of every branch.
     """
-    if not lengths:
-        return gradient
 
     def run(trainable: Params, extra: Any, batch: Batch, rng: jax.Array) -> Any:
-        if "mask" not in batch:
+        sizes = texts.sizes(batch)
+        if not sizes:
             return gradient(trainable, extra, batch, rng)
-        sizes = text_sizes(batch, lengths)
-        columns = jnp.arange(1, sizes[-1] + 1)
-        longest = jnp.max(jnp.where(batch["mask"], columns, 0))
 
         def branch(length: int) -> Callable[[Batch], Any]:
-            return lambda batch: gradient(trainable, extra, cut_text(batch, length), rng)
+            return lambda batch: gradient(trainable, extra, texts.shorten(batch, length), rng)
 
-        chosen = jnp.searchsorted(jnp.asarray(sizes), longest)
+        chosen = jnp.searchsorted(jnp.asarray(sizes), texts.needed(batch["mask"]))
         (value, (terms, following)), grads = jax.lax.switch(chosen, [branch(size) for size in sizes], dict(batch))
         return (value, ({**terms, "text_length": jnp.asarray(sizes, jnp.float32)[chosen]}, following)), grads
 

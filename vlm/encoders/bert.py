@@ -21,6 +21,7 @@ from vlm.layers.linear import Embedding, Linear, constrain
 from vlm.layers.masks import padding_mask
 from vlm.layers.mlp import Activation
 from vlm.layers.norms import LayerNorm
+from vlm.layers.packing import pack, run_packed
 from vlm.layers.positions import roberta_positions
 from vlm.layers.transformer import Remat, StackOutput, TransformerBlock, check_stack, scan_layers
 from vlm.strict import at_least
@@ -105,6 +106,7 @@ class Bert(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         outputs_at: Int[AnyArray, "b k"] | None = None,
+        packing: Int[AnyArray, "g t"] | None = None,
     ) -> EncoderOutput:
         """Encodes tokens, or `token_embeds` in their place.
 
@@ -112,25 +114,25 @@ class Bert(nn.Module):
           mask: true at real tokens; without it padding is attended to (its positions are still the padding's).
           positions, token_types: override the derived position ids and the all-zero segments.
           outputs_at: the tokens whose last states are wanted, in place of all; the first is what is pooled.
+          packing: computes the rows of `mask` packed (`layers.packing`); states at padding are then not to be read.
 
         Raises:
           ValueError: neither or both of tokens and token_embeds, or a sequence longer than the position table.
         """
         config = self.config
-        hidden = self._embed(tokens, token_embeds, positions, token_types)
+        hidden = self._embed(tokens, token_embeds, positions, token_types, packing)
         hidden = self.embedding_dropout(self.embedding_norm(hidden), deterministic=deterministic)
         hidden = constrain(hidden, "batch", "length", "embed_activation")
-        output = self._layers(
-            hidden,
-            None if mask is None else padding_mask(mask),
-            deterministic=deterministic,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            outputs_at=outputs_at,
-        )
-        hidden = self.output_norm(output.hidden) if config.pre_norm else output.hidden
+        flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        run = partial(self._layers, hidden, deterministic=deterministic, **flags)
+        if packing is None:
+            output = run(None if mask is None else padding_mask(mask), outputs_at=outputs_at)
+        else:
+            output = run_packed(run, mask, packing, outputs_at)
+        states = output.hidden
+        hidden = self.output_norm(states) if config.pre_norm else states
         pooled = jnp.tanh(self.pooler(hidden[:, 0])) if config.pooler else None
-        states = output.hidden if config.pre_norm else None
+        states = states if config.pre_norm else None
         return EncoderOutput(hidden, pooled, output.hidden_states, output.attentions, pre_norm_state=states)
 
     @nn.compact
@@ -154,12 +156,11 @@ class Bert(nn.Module):
             block, config.num_layers, hidden, mask, remat=config.remat, unroll=config.scan_unroll, **flags
         )
 
-    def _embed(self, tokens, token_embeds, positions, token_types) -> Float[Array, "b l e"]:
+    def _embed(self, tokens, token_embeds, positions, token_types, packing) -> Float[Array, "b l e"]:
         config = self.config
         if (tokens is None) == (token_embeds is None):
             raise ValueError("text: expected exactly one of tokens and token_embeds")
-        embeds = self.token_embedding(tokens) if token_embeds is None else token_embeds
-        batch, length = embeds.shape[:2]
+        batch, length = (token_embeds if tokens is None else tokens).shape[:2]
         if length > config.max_tokens:
             raise ValueError(f"tokens: expected at most {config.max_tokens} per row, found {length}")
         if positions is None:
@@ -170,4 +171,6 @@ class Bert(nn.Module):
                 positions = jnp.broadcast_to(jnp.arange(length)[None] + first, (batch, length))
         if token_types is None:
             token_types = jnp.zeros((batch, length), jnp.int32)
-        return embeds + self.token_type_embedding(token_types) + self.position_embedding(positions)
+        placed: Any = jnp.asarray if packing is None else partial(pack, packing=packing)
+        embeds = self.token_embedding(placed(tokens)) if token_embeds is None else placed(token_embeds)
+        return embeds + self.token_type_embedding(placed(token_types)) + self.position_embedding(placed(positions))

@@ -18,6 +18,7 @@ from vlm.layers.linear import Embedding, constrain
 from vlm.layers.masks import causal_mask, padding_mask
 from vlm.layers.mlp import Activation
 from vlm.layers.norms import LayerNorm
+from vlm.layers.packing import pack, run_packed
 from vlm.layers.transformer import Remat, TransformerBlock, check_stack, scan_layers, select
 
 normal = nn.initializers.normal
@@ -64,10 +65,12 @@ class ClipText(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         pooled_only: bool = False,
+        packing: Int[AnyArray, "g t"] | None = None,
     ) -> EncoderOutput:
         """Encodes tokens; `pooler_output` [B, E] is the normed state at the end-of-text token, before the projection.
 
-        With `pooled_only`, the last layer computes nothing else: `last_hidden_state` is [B, 1, E].
+        With `pooled_only`, the last layer computes nothing else: `last_hidden_state` is [B, 1, E]. With `packing`, the
+        rows of `mask` are computed packed (`layers.packing`); states at padding are then not to be read.
 
         Raises:
           ValueError: more tokens than positions.
@@ -76,10 +79,13 @@ class ClipText(nn.Module):
         length = tokens.shape[1]
         if length > config.max_length:
             raise ValueError(f"tokens: expected at most {config.max_length} per row, found {length}")
+        end = jnp.argmax(tokens == config.eos_id, axis=1)[:, None]
+        positions = jnp.arange(length)[None]
+        if packing is not None:
+            tokens, positions = pack(tokens, packing), packing % length
         table = partial(Embedding, features=config.hidden_size, dtype=dtype)
         hidden = table(config.vocab_size, name="token_embedding")(tokens)
-        positions = table(config.max_length, axes=("position", "embed"), name="position_embedding")
-        hidden = hidden + positions(jnp.arange(length))[None]
+        hidden = hidden + table(config.max_length, axes=("position", "embed"), name="position_embedding")(positions)
         hidden = constrain(hidden, "batch", "length", "embed_activation")
         width, depth = config.hidden_size, config.num_layers
         residual = normal(width**-0.5 * (2 * depth) ** -0.5)
@@ -96,20 +102,15 @@ class ClipText(nn.Module):
             down_init=residual,
             dtype=dtype,
         )
-        visible = causal_mask(length) if mask is None else causal_mask(length) & padding_mask(mask)
-        end = jnp.argmax(tokens == config.eos_id, axis=1)[:, None]
-        output = scan_layers(
-            block,
-            depth,
-            hidden,
-            visible,
-            remat=config.remat,
-            unroll=config.scan_unroll,
-            deterministic=deterministic,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            outputs_at=end if pooled_only else None,
-        )
+        flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        flags |= {"remat": config.remat, "unroll": config.scan_unroll, "deterministic": deterministic}
+        run = partial(scan_layers, block, depth, hidden, **flags)
+        read = end if pooled_only else None
+        if packing is None:
+            visible = causal_mask(length) if mask is None else causal_mask(length) & padding_mask(mask)
+            output = run(visible, outputs_at=read)
+        else:
+            output = run_packed(run, mask, packing, read, causal=True)
         hidden = LayerNorm(config.norm_eps, dtype, name="output_norm")(output.hidden)
         pooled = hidden[:, 0] if pooled_only else select(hidden, end)[:, 0]
         return EncoderOutput(hidden, pooled, output.hidden_states, output.attentions)

@@ -24,11 +24,12 @@ from vlm.models.flava.loss import LossConfig, init_extra, loss
 from vlm.models.flava.model import FLAVA
 from vlm.models.flava.pretrain import masked_positions
 from vlm.optimizer import make_optimizer
+from vlm.padding import TextLengths
 from vlm.schema import MeshConfig, OptimizerConfig, ShardingConfig
 from vlm.training import StateInit, make_train_step
 from vlm.tree import flatten
 
-from ...quick import apply, products
+from ...quick import apply, no_array_is_gathered_for_want_of_a_layout, products
 from .conftest import our_tree
 
 RNG = np.random.default_rng(1)
@@ -235,16 +236,20 @@ def test_nothing_hidden_costs_nothing(pair):
     assert terms["mmm_image"] == 0 and np.isfinite(value)
 
 
-@pytest.mark.parametrize("kind", ["images", "texts", "pairs"])
-def test_eight_devices_equal_one(pair, kind):
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("images", (4, 2, 1)), ("texts", (4, 2, 1)), ("pairs", (4, 2, 1)), ("pairs", (2, 2, 2))],
+)
+def test_eight_devices_equal_one(pair, kind, mesh, capfd):
     batch = _inputs(kind, "mixed" if kind == "pairs" else None)
     one = _ours(pair, batch)
-    settings = ShardingConfig(mesh=MeshConfig(4, 2, 1))
+    settings = ShardingConfig(mesh=MeshConfig(*mesh))
     mesh = sharding.make_mesh(settings.mesh)
     split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     with sharding.use(mesh, settings.rules):
         placed = {name: jax.device_put(value, split) for name, value in batch.items()}
         eight = _ours(pair, placed)
+    no_array_is_gathered_for_want_of_a_layout(capfd)
     np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
     for path, gradient in one[2].items():
         scale = max(np.abs(gradient).max(), 1e-3)  # that of a key's bias is 0 but for rounding
@@ -454,7 +459,7 @@ def test_lengths_of_text_with_bounded_heads(pair):
     optimizer = make_optimizer(OptimizerConfig(), list(flatten(params)), 10)
     start = jax.jit(StateInit(lambda key: {}, lambda params, key: {}, optimizer).finish)(params, {})
     objective = functools.partial(loss, model, config=config)
-    step = jax.jit(make_train_step(objective, optimizer, 0, text_lengths=(4,)))
+    step = jax.jit(make_train_step(objective, optimizer, 0, texts=TextLengths((4,))))
     batch = _inputs("pairs", "mixed")
     for most, chosen in ((4, 4), (LENGTH, LENGTH)):
         kept = np.arange(LENGTH)[None] < most

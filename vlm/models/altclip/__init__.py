@@ -36,4 +36,5 @@ FAMILY = Family(
     processor_type=ProcessorConfig,
     processor=Processor,
     weights=weights,
+    packs_texts=True,
 )

@@ -133,7 +133,7 @@ def _teacher_learning(
 ) -> tuple[jax.Array, Metrics]:
     """Mean squared error between the student's text embedding of one language and the teacher's of English."""
     method = model.encode_text_pooled if config.target == "pooled" else model.encode_text
-    student = _apply(model, params, rng, method, batch["tokens"], batch["mask"])
+    student = _apply(model, params, rng, method, *_text(batch))
     target = teacher_targets(config, extra, batch)
     if student.shape != target.shape:
         raise UserError(
@@ -152,7 +152,7 @@ def _contrastive(
     del extra
     image_rng, text_rng = jax.random.split(rng)
     image = _apply(model, params, image_rng, model.encode_image, batch["image"], deterministic=config.lock_image)
-    text = _apply(model, params, text_rng, model.encode_text, batch["tokens"], batch["mask"])
+    text = _apply(model, params, text_rng, model.encode_text, *_text(batch))
     scale = jnp.exp(params["logit_scale"])
     image, text = normalise(jax.lax.stop_gradient(image) if config.lock_image else image), normalise(text)
     value = contrastive(image, text, scale, form=config.form)
@@ -171,7 +171,7 @@ def _lm(
     del extra, config
     if not model.config.lm_head:
         raise UserError("objective 'lm' needs config.model.lm_head=True")
-    hidden = _apply(model, params, rng, model.encode_states, batch["tokens"], batch["mask"])
+    hidden = _apply(model, params, rng, model.encode_states, *_text(batch))
     hidden, labels = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(batch["labels"], 0, 1)
 
     def head(rows: jax.Array) -> jax.Array:
@@ -180,6 +180,10 @@ def _lm(
     rows = hidden.reshape(-1, hidden.shape[-1])
     value = chunked_cross_entropy(rows, head, labels.reshape(-1), chunk=labels.shape[1])
     return value, {"lm": value}
+
+
+def _text(batch: Batch) -> tuple[Any, ...]:
+    return batch["tokens"], batch["mask"], batch.get("packing")
 
 
 OBJECTIVES: dict[str, Any] = {"teacher_learning": _teacher_learning, "contrastive": _contrastive, "lm": _lm}

@@ -17,7 +17,7 @@ from vlm.encoders.clip_text import ClipText, ClipTextConfig
 from vlm.encoders.output import EncoderOutput
 from vlm.encoders.vit import ViT, ViTConfig
 from vlm.layers.arrays import AnyArray, exact
-from vlm.layers.linear import Linear, param
+from vlm.layers.linear import Linear, constrain, param
 from vlm.layers.lm_head import LMHead
 from vlm.layers.norms import LayerNorm, normalise
 from vlm.layers.transformer import first_tokens
@@ -176,19 +176,25 @@ class AltCLIP(nn.Module):
         self,
         tokens: Int[AnyArray, "b l"],
         mask: Bool[AnyArray, "b l"] | None = None,
+        packing: Int[AnyArray, "g t"] | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "b p"]:
-        """Text embeddings in the joint space, not normalised."""
-        return self.text_projection(self.encode_text_pooled(tokens, mask, deterministic=deterministic))
+        """Text embeddings in the joint space, not normalised; with `packing`, computed without the padding."""
+        return self.text_projection(self.encode_text_pooled(tokens, mask, packing, deterministic=deterministic))
 
     def encode_text_pooled(
-        self, tokens: Int[AnyArray, "b l"], mask: Bool[AnyArray, "b l"] | None = None, *, deterministic: bool = True
+        self,
+        tokens: Int[AnyArray, "b l"],
+        mask: Bool[AnyArray, "b l"] | None = None,
+        packing: Int[AnyArray, "g t"] | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Float[Array, "b e"]:
         """What `text_projection` projects: the head's output at the first token, CLIP's end-of-text state."""
         encode: Any = self.text
         read = {"pooled_only": True} if self.config.text is None else {"outputs_at": first_tokens(tokens)}
-        return self._text_head(encode(tokens, mask, deterministic=deterministic, **read)).pooler_output
+        return self._text_head(encode(tokens, mask, packing=packing, deterministic=deterministic, **read)).pooler_output
 
     def encode_tokens(
         self,
@@ -216,10 +222,15 @@ class AltCLIP(nn.Module):
         return self.lm_decode(self.encode_states(tokens, mask, deterministic=deterministic))
 
     def encode_states(
-        self, tokens: Int[AnyArray, "b l"], mask: Bool[AnyArray, "b l"] | None = None, *, deterministic: bool = True
+        self,
+        tokens: Int[AnyArray, "b l"],
+        mask: Bool[AnyArray, "b l"] | None = None,
+        packing: Int[AnyArray, "g t"] | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Float[Array, "b l e"]:
         """The text encoder's last hidden states, before AltCLIP's head."""
-        return self.text(tokens, mask, deterministic=deterministic).last_hidden_state
+        return self.text(tokens, mask, packing=packing, deterministic=deterministic).last_hidden_state
 
     def lm_decode(self, hidden: Float[AnyArray, "*b e"]) -> Float[Array, "*b v"]:
         """Masked-language-modelling logits of text encoder states."""
@@ -231,6 +242,7 @@ class AltCLIP(nn.Module):
         hidden = encoded.last_hidden_state
         hidden = self.text_norm(hidden) if self.config.text_norm else hidden
         hidden = self.text_transformation(hidden) if self.config.text_transformation else hidden
+        hidden = constrain(hidden, "batch", "length", "embed_activation")
         return dataclasses.replace(encoded, last_hidden_state=hidden, pooler_output=hidden[:, 0])
 
     def _init_other_heads(self) -> None:
