@@ -1,12 +1,14 @@
 """AltCLIP contrastive training step (ViT-B/16 + XLM-R base) against Hugging Face: forward, backward, AdamW.
 
-    python -m benchmarks.altclip_step [--batch=8] [--length=77] [--rounds=7] [--alone=0] [--lock_image]
+    python -m benchmarks.altclip_step [--batch=8] [--length=77] [--rounds=7] [--alone=0] [--lock_image] [--whole_rows]
 
 Both train every parameter (with `--lock_image`, as in AltCLIP's second stage, the image tower is frozen) in float32
 with the same loss on the same arrays, alternating in one process; ours is the step that train.py runs
 (`vlm.training.make_train_step`: non-finite guard, norms and metrics included), theirs is
 `AltCLIPModel(..., return_loss=True)`, `backward` and fused `torch.optim.AdamW`. Prints medians and the ratio of the
 medians (> 1: ours is faster) as one JSON line. Run it on an otherwise idle machine.
+Texts have 10 to 77 tokens, drawn evenly. As with `train.pack_texts=8`, we do not compute their padding;
+with `--whole_rows` we do, as theirs does.
 With `--alone=N`, N times, each runs in a process of its own, in turn: ours then has the heap that train.py sets for
 itself (`vlm.heap`) and would serve both in one process.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import time
 
@@ -33,13 +36,15 @@ from vlm.heap import keep_freed_memory
 from vlm.models.altclip.loss import LossConfig, loss
 from vlm.models.altclip.model import AltCLIP, AltCLIPConfig
 from vlm.optimizer import make_optimizer
+from vlm.padding import TextLengths
 from vlm.training import StateInit, make_train_step
 from vlm.tree import flatten
 
+LENGTHS = (16, 24, 32, 40, 48, 56, 64)
 LOCKED = "vision/.*|vision_projection/.*"
 
 
-def our_step(arrays: dict[str, np.ndarray], layers: int, lock_image: bool):
+def our_step(arrays: dict[str, np.ndarray], layers: int, lock_image: bool, whole_rows: bool):
     """Returns a function that runs one step and gives the loss."""
     text = BertConfig(hidden_size=768, num_layers=layers, num_heads=12, mlp_dim=3072, dropout_rate=0.0,
                       attention_dropout_rate=0.0)  # fmt: skip
@@ -57,7 +62,8 @@ def our_step(arrays: dict[str, np.ndarray], layers: int, lock_image: bool):
     state = jax.jit(lambda: nn.unbox(start.finish(start.params(0), {})))()
     objective = functools.partial(loss, model, config=LossConfig(lock_image=lock_image))
     step = jax.jit(make_train_step(objective, optimizer, seed=0), donate_argnums=0)
-    batch = {name: jnp.asarray(value) for name, value in arrays.items()}
+    texts = TextLengths() if whole_rows else TextLengths(LENGTHS, math.gcd(8, len(arrays["tokens"])))
+    batch = {name: jnp.asarray(value) for name, value in texts.fit(arrays).items()}
 
     def run() -> float:
         nonlocal state
@@ -104,6 +110,7 @@ def main() -> None:
     for name, default in (("batch", 8), ("length", 77), ("layers", 12), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lock_image", action="store_true", help="train the text tower only")
+    parser.add_argument("--whole_rows", action="store_true", help="compute padding, too")
     parser.add_argument("--only", choices=NAMES, help="one alone, with the heap as train.py sets it")
     parser.add_argument("--alone", type=int, default=0, help="so many processes for each, in turn")
     options = parser.parse_args()
@@ -119,7 +126,7 @@ def main() -> None:
     tokens = np.where(mask, tokens, 1).astype(np.int32)
     image = rng.normal(size=(options.batch, 224, 224, 3)).astype(np.float32)
     arrays = {"image": image, "tokens": tokens, "mask": mask}
-    steps = {"vlm": our_step, "transformers": their_step}
+    steps = {"vlm": functools.partial(our_step, whole_rows=options.whole_rows), "transformers": their_step}
     contenders = {
         name: step(arrays, options.layers, options.lock_image)
         for name, step in steps.items()
