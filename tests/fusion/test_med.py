@@ -13,8 +13,13 @@ import torch
 import transformers
 from scipy.special import erf
 
+from vlm import sharding
 from vlm.fusion.med import Med, MedConfig
+from vlm.layers.layout import decoding_layout
+from vlm.schema import MeshConfig, ShardingConfig
 from vlm.tree import flatten, unflatten
+
+from ..quick import equations
 
 CONFIG = MedConfig(40, 12, 3, 2, 20, 9, 8)
 QUICK = {"xla_backend_optimization_level": 0}  # half the time to compile
@@ -223,6 +228,33 @@ def test_the_future_and_padding_are_hidden():
     np.testing.assert_allclose(run(TOKENS, MASK)[:, :3], run(later, MASK)[:, :3], atol=1e-6)
     other = np.where(MASK, TOKENS, 7)
     np.testing.assert_allclose(run(TOKENS, MASK)[1, :3], run(other, MASK)[1, :3], atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("long", [1, 5])
+def test_a_prompt_reads_its_context_once(long, devices, monkeypatch):
+    """One CPU computes the keys and values of a long context an example at a time, to the same cache."""
+    monkeypatch.setattr("vlm.layers.attention.LONG_CONTEXT", long)
+    model = Med(CONFIG)
+    params = _random(model, causal=True)
+    laid_out = decoding_layout({"decoder": params}, {"decoder": 6})["decoder"]
+
+    def run(tokens, mask, context, context_mask):
+        return model.apply({"params": laid_out}, tokens, mask, context, context_mask, method="prefill")
+
+    grid = sharding.make_mesh(MeshConfig(2, 1, devices // 2) if devices > 1 else MeshConfig(1), jax.devices()[:devices])
+    with sharding.use(grid, ShardingConfig().rules):
+        arguments = TOKENS, MASK, CONTEXT, CONTEXT_MASK
+        looped = [e.primitive.name for e in equations(jax.make_jaxpr(run)(*arguments).jaxpr)].count("scan")
+        hidden, cache = jax.jit(run)(*arguments)
+    assert looped == (CONFIG.num_layers if long <= 4 and devices == 1 else 0)
+    expected = _apply(model, params, TOKENS, MASK, context=CONTEXT, context_mask=CONTEXT_MASK, causal=True)
+    np.testing.assert_allclose(hidden[MASK], expected.last_hidden_state[MASK], atol=2e-5)
+    for layer, found in enumerate(cache.constants["cross"]):
+        for name in ("key", "value"):
+            linear = jax.tree.map(lambda x, i=layer: x[i], params["layers"]["cross_attention"][name])
+            whole = CONTEXT @ linear["kernel"] + linear["bias"]
+            np.testing.assert_allclose(getattr(found, name), whole.reshape(2, 4, 2, 6).swapaxes(1, 2), atol=2e-5)
 
 
 def test_positions_given():

@@ -11,7 +11,7 @@ import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
 from vlm import sharding
-from vlm.layers.linear import Embedding, matmul
+from vlm.layers.linear import FEW_ROWS, Embedding, matmul, transposed_matmul
 from vlm.schema import MeshConfig, ShardingConfig
 
 from ..quick import no_array_is_gathered_for_want_of_a_layout
@@ -104,3 +104,14 @@ def test_lookup_in_a_split_table(mesh, rows, exchanged, axes, capfd):
     assert ("all-to-all" in compiled.as_text()) == exchanged
     assert not re.search(r"= f32\[16,5,16\]\S* all-gather\(", compiled.as_text())
     no_array_is_gathered_for_want_of_a_layout(capfd)
+
+
+@pytest.mark.parametrize("rows", [3, FEW_ROWS, FEW_ROWS + 1])
+def test_a_transposed_kernel_is_read_as_it_lies_for_few_rows(rows):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, 1, 6)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(40, 6)), jnp.float32)
+    product = jax.jit(lambda x, kernel: transposed_matmul(x, kernel) + 1.0)
+    np.testing.assert_allclose(product(x, kernel), x @ kernel.T + 1.0, rtol=1e-5, atol=1e-5)
+    program = product.lower(x, kernel).compile().as_text()
+    assert re.findall(r"= f32\[([\d,]+)\]\S* dot\(", program) == [f"40,{rows}" if rows <= FEW_ROWS else f"{rows},40"]

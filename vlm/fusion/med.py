@@ -87,7 +87,8 @@ class MedLayer(nn.Module):
       causal: it is used as decoder now.
       fuse: how the branches of two contexts become one: their "average" or a Linear map of both ("merge").
       fused: the parameters are laid out for decoding (`layers.layout`). The layer then takes and gives a pair of
-        caches, self-attention's and cross-attention's; without caches it gives their keys and values.
+        caches, self-attention's and cross-attention's; without caches it gives self-attention's keys and values, and
+        the cache of its context.
     """
 
     config: MedConfig
@@ -144,7 +145,7 @@ class MedLayer(nn.Module):
         """Reads the context, or two of them; the weights of two are stacked on an axis after the batch."""
 
         def read(name: str, context: Any, mask: Any) -> tuple[jax.Array, Any, jax.Array | None]:
-            return self._attention(name)(
+            return self._attention(name, self.fused)(
                 hidden,
                 None if mask is None else padding_mask(mask),
                 context=context,
@@ -272,7 +273,7 @@ class Med(nn.Module):
         visible = causal_mask(tokens.shape[1]) & padding_mask(mask)
         hidden = self._embed(tokens, padded_positions(mask))
         hidden, states = self._unstacked(hidden, (visible, context, context_mask))
-        constants = {"cross": tuple(Cache.constant(*pair) for _, pair in states), "mask": context_mask}
+        constants = {"cross": tuple(cross for _, cross in states), "mask": context_mask}
         return hidden, DecoderCache.of_prompt(tuple(own for own, _ in states), jnp.asarray(mask), constants)
 
     def decode(self, tokens: Int[AnyArray, "b n"], cache: DecoderCache) -> tuple[Float[Array, "b n e"], DecoderCache]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vlm.layers.arrays import AnyArray, exact
+from vlm.layers.arrays import AnyArray, exact, on_one_cpu
 from vlm.layers.cache import Cache
 from vlm.layers.linear import Initializer, Linear, constrain, default_init
 from vlm.layers.norms import LayerNorm, RMSNorm
@@ -28,6 +28,8 @@ BLOCKED_SCORES = 2**15
 """Numbers: from so many scores per example on, the gradients of one example at a time are worth a loop on a CPU …"""
 BLOCKED_FORWARD = 2**19
 """… and from so many on the values: its caches cannot hold the scores of a few examples at once."""
+LONG_CONTEXT = 128
+"""Tokens: the keys and values of so many, for decoding, are computed one example at a time on a CPU."""
 
 
 def attention_kernel(
@@ -169,7 +171,8 @@ class Attention(nn.Module):
       num_heads, num_kv_heads: query heads H and key/value heads K (K divides H; None: K = H).
       head_dim: width D of one head; H·D need not equal the hidden width.
       qk_norm: normalises queries and keys per head before rotary positions ("layer" or "rms").
-      fused: the parameters are laid out for decoding (`layers.layout`): one kernel for queries, keys and values.
+      fused: the parameters are laid out for decoding (`layers.layout`): one kernel for queries, keys and values. A
+        context is then read into a cache, which is returned.
     """
 
     num_heads: int
@@ -204,6 +207,29 @@ class Attention(nn.Module):
         query = y[..., :groups, :].reshape(*y.shape[:2], self.num_heads, self.head_dim)
         return query, y[..., groups, :], y[..., groups + 1, :]
 
+    def _read(self, context: AnyArray) -> Cache:
+        """The keys and values of a context, which do not change while decoding.
+
+        One CPU computes those of a long context one example at a time, so that they lie in its cache when they are laid
+        out by heads; the compiler would copy those of all examples three times.
+        """
+
+        def of(module: Attention, rows: AnyArray) -> Cache:
+            heads = self.num_kv_heads or self.num_heads
+            return Cache.constant(
+                *(module._normalise(name, module._project(name, rows, heads)) for name in ("key", "value"))
+            )
+
+        if not on_one_cpu() or context.shape[1] < LONG_CONTEXT or self.is_initializing():
+            return of(self, context)
+        scan: Any = nn.scan(
+            lambda module, carry, rows: (carry, of(module, rows)),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+        )
+        _, found = scan(self, None, jnp.asarray(context)[:, None])
+        return jax.tree.map(lambda x: x[:, 0], found)
+
     def _normalise(self, name: str, x: jax.Array) -> jax.Array:
         if self.qk_norm is None or name == "value":
             return x
@@ -232,6 +258,8 @@ class Attention(nn.Module):
         updated cache where one was given) and, without a cache, the attention weights if asked for.
         """
         kv_heads = self.num_kv_heads or self.num_heads
+        if self.fused and context is not None and cache is None:
+            cache = self._read(context)
         constant = cache is not None and cache.index is None
         fused = (
             self._project_fused(x) if self.fused and context is None and keys_values is None and not constant else None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm.layers.arrays import AnyArray, along_last, exact
-from vlm.layers.linear import Linear, default_init, param
+from vlm.layers.linear import Linear, default_init, param, transposed_matmul
 from vlm.layers.mlp import ACTIVATIONS, Activation
 from vlm.layers.norms import LayerNorm
 
@@ -37,7 +37,7 @@ class LMHead(nn.Module):
         bias = param(self, "bias", nn.initializers.zeros_init(), (self.vocab_size,), ("vocab",)).astype(dtype)
         if self.tied:
             assert embedding is not None, "a tied head needs the token embedding"
-            logits = jnp.dot(hidden, embedding.astype(dtype).T, precision=exact(hidden))
+            logits = transposed_matmul(hidden, embedding.astype(dtype))
             return logits + along_last(bias, logits)
         kernel = param(self, "kernel", default_init, (width, self.vocab_size), ("embed", "vocab"))
         logits = jnp.dot(hidden, kernel.astype(dtype), precision=exact(hidden))

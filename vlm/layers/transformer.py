@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm.layers.arrays import AnyArray
+from vlm.layers.arrays import AnyArray, on_one_cpu
 from vlm.layers.attention import Attention, Mask
 from vlm.layers.cache import Cache
 from vlm.layers.linear import Initializer, constrain, default_init
@@ -283,11 +283,10 @@ CACHE_BYTES = 2**25
 
 def _groups(hidden: AnyArray) -> int:
     """How many groups of examples one CPU encodes in turn, so that a layer's activations stay in its cache."""
-    alone = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
     batch, length, width = hidden.shape
     most = CACHE_BYTES // (16 * length * width)  # examples; a feed-forward layer is four times as wide, in float32
     size = next((size for size in range(min(batch, most), 0, -1) if batch % size == 0), 1)
-    return batch // size if alone and batch > most and 2 * size > most else 1  # few are slower than too many
+    return batch // size if on_one_cpu() and batch > most and 2 * size > most else 1  # few are slower than too many
 
 
 def _in_groups(run: Any, groups: int, hidden: jax.Array, outputs_at: Any, shared: tuple[Any, ...]) -> jax.Array:
