@@ -73,7 +73,7 @@ class Clock:
         @contextlib.contextmanager
         def timed_pause(report: Any) -> Iterator[None]:
             report.settle()
-            if not self.ended:
+            if self.began and not self.ended:
                 self.ended, self.cpu = time.perf_counter(), time.thread_time() - self.cpu_began - self.cpu_in_step
             with paused(report):
                 yield
