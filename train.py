@@ -84,7 +84,8 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         if primary and (whole := sharding.replicated((placements.params, placements.extra))):
             reasons = listing([f"{p.path.split('/', 1)[1]}: {p.replicated}" for p in whole], 4)
             print(f"replicated although a rule would split them: {reasons}", file=sys.stderr)
-        split = NamedSharding(mesh, sharding.batch_spec(settings.sharding, settings.data.batch_size, mesh.shape, micro))
+        rows = (settings.data.batch_size, mesh.shape, micro, settings.train.pack_texts)
+        split = NamedSharding(mesh, sharding.batch_spec(settings.sharding, *rows))
         processor = make_processor(settings, parts.family)
         loader = make_loader(settings, processor, split, workdir)
         from_primary(lambda: check_data(parts, placements, loader))
@@ -106,10 +107,11 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
 
         def show(number: int, batch: Any) -> None:
             """Keeps pictures of the first batch with these arrays."""
-            if "image" in batch and frozenset(batch) not in shown:
+            arrays = frozenset(batch) - {"packing"}  # which a batch of long texts lacks
+            if "image" in batch and arrays not in shown:
                 images = batch["image"].addressable_data(0)  # of this host
                 from_primary(lambda: str(folder.save_samples(workdir, images, number, settings.train.sample_images)))
-            shown.add(frozenset(batch))
+            shown.add(arrays)
 
         def save(number: int, state: Any, wait: bool = False) -> None:
             position = {"step": number, "fingerprint": loader.fingerprint}

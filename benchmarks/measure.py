@@ -44,7 +44,8 @@ def alternate_alone(module: str, options: argparse.Namespace, **changed: Any) ->
     the other `options`, or what is `changed` of them.
     """
     given = {name: value for name, value in (vars(options) | changed).items() if name not in ("only", "alone")}
-    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value]
+    given = {name: value for name, value in given.items() if value is not None and value is not False and value != ""}
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     times: Times = {}
     for number in range(options.alone):
         for name in NAMES if number % 2 == 0 else reversed(NAMES):

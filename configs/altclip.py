@@ -62,7 +62,7 @@ def get_config(variant: str = "altclip") -> ConfigDict:
     config.remat = "dots"
     config.processor = {"tokenizer": "checkpoints/xlm-roberta-large", "image": {"size": 224}, "max_length": 77}
     (_teacher_learning if stage else _contrastive)(config, size)
-    config.train.update({"text_lengths": (16, 32, 48), "pack_texts": 8})
+    config.train.update({"text_lengths": (16, 32), "pack_texts": 8})
     return _cached(config) if stage == "teacher_cached" else config
 
 

@@ -20,7 +20,7 @@ LAYERS: list[tuple[str, int]] = [
     (r"(train|eval|configs)(\..*)?", 7),
     (r"vlm\.evaluation(\..*)?", 6),
     (r"vlm\.(training|experiment|checks|generation)(\..*)?", 5),
-    (r"vlm\.(sharding|optimizer|checkpoint|metrics|flops|heap|hosts|preemption|workdir)(\..*)?", 4),
+    (r"vlm\.(sharding|optimizer|checkpoint|metrics|flops|heap|hosts|padding|preemption|workdir)(\..*)?", 4),
     (r"vlm\.models(\..*)?", 3),
     (r"vlm\.(encoders|fusion|family)(\..*)?", 2),
     (r"vlm\.(layers|losses|data|convert)(\..*)?", 1),

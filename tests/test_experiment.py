@@ -58,11 +58,11 @@ def losses(config, steps=3, *, in_step=False):
         placements = sharding.place(parts.init.abstract(), config.sharding.rules, mesh.shape)
         state = init_state(parts.init, placements, mesh, 0)
         split = NamedSharding(mesh, sharding.batch_spec(config.sharding, BATCH, mesh.shape))
-        texts = text_lengths(config, split)
+        texts = text_lengths(config)
         hosts = [batch_of(step) for step in range(steps)]
         batches = [sharding.put_batch(batch if in_step else texts.fit(batch), split, BATCH) for batch in hosts]
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        found, compiled = [], {}
+        found, chosen, compiled = [], [], {}
         for batch in batches:
             shape = tuple(getattr(batch.get("packing"), "shape", ()))
             if shape not in compiled and in_step:
@@ -74,7 +74,10 @@ def losses(config, steps=3, *, in_step=False):
             assert flops is None or flops.whole > 0
             state, metrics = step(state, batch)
             found.append(float(metrics["loss"]))
-    return found, jax.device_get(state.params), compiled
+            chosen.append(
+                int(metrics["text_length"]) if in_step and texts.lengths else shape[1] // 2 if shape else LENGTH
+            )
+    return found, jax.device_get(state.params), compiled, chosen
 
 
 def test_altclip_on_eight_devices_equals_one(capfd):
@@ -101,18 +104,20 @@ def _check_equal(ours, expected):
 
 
 def test_packed_texts_give_the_losses_of_whole_rows(capfd):
-    """On one device and on eight, in micro-batches; the step of several hosts packs them itself."""
+    """On one device and on eight, in micro-batches; the step of several hosts packs them itself, to the same length."""
     text = MODEL["text"] | {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
     shared = {"optimizer": {"lr": 1e-2, "groups": GROUPS, "accumulation_steps": 2}, "model": MODEL | {"text": text}}
     whole = losses(settings(sharding={"mesh": {"data": 1}}, **shared))
-    train = {"text_lengths": (3, 4, 5), "pack_texts": 4}
+    train = {"text_lengths": (3, 4, 5), "pack_texts": 2}
     single = losses(settings(sharding={"mesh": {"data": 1}}, train=train, **shared))
-    assert {(4, 4 * 5)} <= single[2].keys()
+    chosen = single[3]
+    assert {shape[1] // 2 for shape in single[2] if shape} == {length for length in chosen if length < LENGTH} != set()
     _check_equal(single, whole)
     mesh = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
     for in_step in (False, True):
         several = losses(settings(sharding=mesh, train=train, **shared), in_step=in_step)
         _check_equal(several, whole)
+        assert several[3] == chosen
     no_array_is_gathered_for_want_of_a_layout(capfd)
 
 
@@ -162,6 +167,10 @@ def test_float32_is_multiplied_in_float32(compute):
         ({"model": MODEL | {"projection_dim": 0}}, r"config\.model: projection_dim: expected at least 1, found 0"),
         ({"processor": PROCESSOR | {"max_length": 11}}, r"max_length: expected at most the 10 positions .*, found 11"),
         ({"train": {"pack_texts": 4}}, r"config\.train: pack_texts: expected 1, or lengths in text_lengths, found 4"),
+        (
+            {"train": {"text_lengths": (4,), "pack_texts": 4}, "loss": {"objective": "lm"}},
+            r"pack_texts: this objective of altclip reads whole rows: expected 1",
+        ),
         ({"loss": {"objective": "contrast"}}, r"config\.loss\.objective: expected one of"),
         ({"optimizer": {"groups": (("visoin/.*", {}), (".*", {}))}}, "nothing matches the rule visoin"),
     ],

@@ -33,7 +33,8 @@ def describe(settings: Config, config: Any) -> str:
     sizes = planned_mesh(settings.sharding.mesh)
     abstract = parts.init.abstract()
     state = sharding.place(abstract, settings.sharding.rules, sizes)
-    sharding.batch_spec(settings.sharding, settings.data.batch_size, sizes, settings.optimizer.accumulation_steps)
+    rows = (settings.data.batch_size, sizes, settings.optimizer.accumulation_steps, settings.train.pack_texts)
+    sharding.batch_spec(settings.sharding, *rows)
     sections = [
         ("configuration", to_json(config).rstrip()),
         ("parameters by module", _modules(state.params, parts.optimizer)),

@@ -67,8 +67,8 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
         raise UserError(
             "config.train.text_lengths: this model attends to padding (mask_text_padding=False): expected ()"
         )
-    if settings.train.pack_texts > 1 and not family.packs_texts:
-        raise UserError(f"config.train.pack_texts: {family.name} does not pack texts: expected 1")
+    if settings.train.pack_texts > 1 and not getattr(loss_config, "packs_texts", False):
+        raise UserError(f"config.train.pack_texts: this objective of {family.name} reads whole rows: expected 1")
     if settings.data.teacher_cache is not None and not hasattr(loss_config, "target_dim"):
         raise UserError(f"config.data.teacher_cache: no objective of {family.name} learns from precomputed embeddings")
     processor_config: Any = build(family.processor_type, settings.processor, "processor")
@@ -192,10 +192,9 @@ def _codebook_cache(settings: Config, processor: Any) -> TeacherCache:
     return cache
 
 
-def text_lengths(settings: Config, split: NamedSharding) -> TextLengths:
+def text_lengths(settings: Config) -> TextLengths:
     """What of the texts' padding the training step leaves out."""
-    micro = settings.optimizer.accumulation_steps
-    return TextLengths.of(settings.train, micro, settings.data.batch_size, split)
+    return TextLengths(settings.train.text_lengths, settings.train.pack_texts, settings.optimizer.accumulation_steps)
 
 
 def device_batches(
@@ -205,7 +204,7 @@ def device_batches(
 
     Copies run beside the step before.
     """
-    rows, texts = settings.data.batch_size, text_lengths(settings, split)
+    rows, texts = settings.data.batch_size, text_lengths(settings)
 
     def draw() -> tuple[Any, float]:
         began = time.monotonic()
@@ -252,7 +251,7 @@ def compile_step(
 ) -> tuple[Any, flops.StepFlops]:
     """Compiles the training step for this state and batch; also returns its model FLOPs."""
     train, accumulation = settings.train, settings.optimizer.accumulation_steps
-    texts = text_lengths(settings, split)
+    texts = text_lengths(settings)
     sizes = texts.sizes(batch) if jax.process_count() > 1 else []  # one host has shortened its batch already
 
     def trace(parts: Experiment, batch: Any, texts: TextLengths | None = None) -> Any:

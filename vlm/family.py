@@ -92,7 +92,6 @@ class Family:
         `save(dir)`, `example(raw, rng, train)` for one training example, and `rows(settings)`, its possible shapes; if
         examples are of several kinds, `rows(settings, fields)`: of raw examples with these fields only.
       weights: the module with the family's tables for foreign checkpoints.
-      packs_texts: whether the objective hands a batch's `packing` on to its text encoder (`layers.packing`).
     """
 
     name: str
@@ -105,4 +104,3 @@ class Family:
     processor_type: type
     processor: Any
     weights: Any
-    packs_texts: bool = False

@@ -44,7 +44,7 @@ class StepFlops:
 
     Attributes:
       whole: with whole rows of text.
-      lengths, counts: with rows cut to each length (`train.text_lengths`), ascending.
+      lengths, counts: with texts of each length (`train.text_lengths`), ascending.
     """
 
     whole: float

@@ -9,10 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-
-from vlm.schema import TrainConfig
-from vlm.sharding import batch_ways
 
 TEXT_KEYS = ("tokens", "mask", "token_types", "positions", "masked_tokens", "token_labels", "labels")
 """What has a column for every token of `tokens`, if its shape says so."""
@@ -23,7 +19,7 @@ class TextLengths:
     """The lengths of text that a training step is compiled for; the shortest that will do is run.
 
     Attributes:
-      lengths: besides the whole row's. None: batches stay as they are.
+      lengths: besides the whole row's; without any, batches stay as they are.
       rows: 1: rows are cut to a length that all of them fit in. More: so many rows are packed together
         (`layers.packing`), and the length is that of their mean. The batch then has `packing`.
       micro_batches: rows i, i + A, i + 2A, … of a batch form one of A micro-batches; those of one are packed together.
@@ -32,13 +28,6 @@ class TextLengths:
     lengths: tuple[int, ...] = ()
     rows: int = 1
     micro_batches: int = 1
-
-    @classmethod
-    def of(cls, train: TrainConfig, micro_batches: int, batch_size: int, split: NamedSharding) -> TextLengths:
-        """As configured, packing no more rows than one device has of a micro-batch, and equally many everywhere."""
-        there = batch_size // batch_ways(split) // micro_batches
-        rows = max(rows for rows in range(1, train.pack_texts + 1) if there % rows == 0)
-        return cls(train.text_lengths, rows, micro_batches)
 
     def sizes(self, batch: Mapping[str, Any]) -> list[int]:
         """The lengths for such a batch, ascending; the last is the whole row. Empty where it has no texts."""
@@ -51,9 +40,8 @@ class TextLengths:
         """The shortest length that would do for rows with this mask, bool[B, L]: a NumPy or traced integer."""
         xp = _numpy_of(mask)
         if self.rows == 1:
-            return xp.max(xp.where(mask, xp.arange(1, mask.shape[1] + 1), 1))
-        counts = self._grouped(mask).sum(axis=1)
-        return xp.max(xp.maximum(-(-counts // self.rows), 1))
+            return xp.max(xp.where(mask, xp.arange(1, mask.shape[1] + 1)[None], 1))
+        return xp.max(-(-self._kept(mask).sum(axis=1) // self.rows))
 
     def shorten(self, batch: Mapping[str, Any], length: int) -> dict[str, Any]:
         """The batch with texts of this length: their first columns, or all columns and how they are packed."""
@@ -72,15 +60,18 @@ class TextLengths:
             return batch
         return self.shorten(batch, sizes[np.searchsorted(sizes, self.needed(batch["mask"]))])
 
-    def _grouped(self, mask: Any) -> Any:
-        """bool[G, rows · L]: the rows that are packed together, end to end; a group is of one micro-batch."""
+    def _kept(self, mask: Any) -> Any:
+        """bool[G, rows · L]: the real tokens, and the first of each row, which encoders read, of the rows that are
+        packed together, end to end; a group is of one micro-batch.
+        """
         batch, length = mask.shape
-        dealt = mask.reshape(-1, self.rows, self.micro_batches, length).swapaxes(1, 2)
+        kept = mask | (_numpy_of(mask).arange(length)[None] == 0)
+        dealt = kept.reshape(-1, self.rows, self.micro_batches, length).swapaxes(1, 2)
         return dealt.reshape(batch // self.rows, self.rows * length)
 
     def _packing(self, mask: Any, length: int) -> Any:
-        """int32[G, rows · length], see `layers.packing`: the places of real tokens, then those of padding."""
-        order = _numpy_of(mask).argsort(~self._grouped(mask), axis=1, stable=True)
+        """int32[G, rows · length], see `layers.packing`: the places of what is kept, then those of padding."""
+        order = _numpy_of(mask).argsort(~self._kept(mask), axis=1, stable=True)
         return order[:, : self.rows * length].astype(np.int32)
 
 

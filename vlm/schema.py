@@ -280,9 +280,9 @@ class TrainConfig:
       text_lengths: lengths of text that the step is compiled for besides the whole row: every step runs on the shortest
         that holds all real tokens of its global batch, the same on all devices and for every number of hosts. The
         result is that of whole rows, unless there is dropout, whose masks are drawn for the length that is run.
-      pack_texts: so many rows (at most those of a device and micro-batch, and a divisor of them) lay their texts end to
-        end; the lengths above are then those of the mean text of such rows, not of the longest. 1: rows are cut. For
-        AltCLIP and CLIP: the teacher of stage 1, if run live, is not packed.
+      pack_texts: so many rows lay their texts end to end; the lengths above are then those of the mean text of such
+        rows, not of the longest. A divisor of the rows that a device has of a micro-batch. 1: rows are cut. For the
+        text towers of AltCLIP and CLIP; the teacher of stage 1, if run live, is not packed.
       max_bad_steps: the run stops after this many consecutive steps with a non-finite loss or gradient.
       sample_images: images of the first batch written to workdir/samples.
       tensorboard: also write TensorBoard event files.

@@ -269,24 +269,30 @@ def batch_axes(rules: Rules) -> tuple[str, ...]:
 
 
 def batch_spec(
-    config: ShardingConfig, batch_size: int, sizes: Mapping[str, int], accumulation_steps: int = 1
+    config: ShardingConfig,
+    batch_size: int,
+    sizes: Mapping[str, int],
+    accumulation_steps: int = 1,
+    pack_texts: int = 1,
 ) -> PartitionSpec:
     """How the leading axis of every array of a batch is split.
 
     Raises:
-      UserError: the batch size is not a multiple of the devices it is split over, in every micro-batch.
+      UserError: the batch size is not a multiple of the devices it is split over, in every micro-batch; or texts are to
+        be packed of more rows than a device has, or of a number that does not divide them.
     """
     axes = dict(config.rules).get("batch")
     ways = math.prod(sizes[axis] for axis in batch_axes(config.rules))
     if batch_size % (ways * accumulation_steps):
         micro = f" x {accumulation_steps} micro-batches" if accumulation_steps > 1 else ""
         raise UserError(f"config.data.batch_size: expected a multiple of {ways} devices{micro}, found {batch_size}")
+    rows = batch_size // (ways * accumulation_steps)
+    if rows % pack_texts:
+        raise UserError(
+            f"config.train.pack_texts: expected a divisor of the {rows} rows that a device has of a batch"
+            f"{' (micro-batch)' if accumulation_steps > 1 else ''}, found {pack_texts}"
+        )
     return PartitionSpec(axes)
-
-
-def batch_ways(sharding: NamedSharding) -> int:
-    """How many devices' worth of rows a batch is split into."""
-    return math.prod(sharding.mesh.shape[axis] for axis in _names(sharding.spec[0] if sharding.spec else None))
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:

@@ -227,7 +227,7 @@ def make_train_step(
 
 
 def _by_length(gradient: Callable[..., Any], texts: TextLengths) -> Callable[..., Any]:
-    """`gradient` of the batch without the padding that no row needs; the length is added to its terms.
+    """`gradient` of the batch without the padding that `texts` leaves out; the length is added to its terms.
 
     The choice is made around the gradient, not inside: the backward pass of a conditional would keep the activations
     of every branch.

@@ -106,6 +106,18 @@ def test_lookup_in_a_split_table(mesh, rows, exchanged, axes, capfd):
     no_array_is_gathered_for_want_of_a_layout(capfd)
 
 
+def test_lookup_of_rows_that_the_devices_do_not_divide():
+    """They read the table where it lies, as those of a batch that is split."""
+    table, ids = jnp.asarray(np.random.default_rng(0).normal(size=(64, 16)), jnp.float32), np.array([[3, 60, 3]])
+    grid = sharding.make_mesh(MeshConfig(2, 4, 1))
+    with sharding.use(grid, ShardingConfig().rules):
+        split = jax.sharding.NamedSharding(grid, jax.sharding.PartitionSpec(None, "fsdp"))
+        look_up = jax.jit(lambda table, ids: Embedding(64, 16).apply({"params": {"embedding": table}}, ids))
+        compiled = look_up.lower(jax.device_put(table, split), ids).compile()
+        np.testing.assert_array_equal(compiled(jax.device_put(table, split), ids), table[ids])
+    assert not re.search(r"= f32\[64,16\]\S* all-gather\(", compiled.as_text())
+
+
 @pytest.mark.parametrize("rows", [3, FEW_ROWS, FEW_ROWS + 1])
 def test_a_transposed_kernel_is_read_as_it_lies_for_few_rows(rows):
     rng = np.random.default_rng(0)

@@ -114,7 +114,7 @@ class Bert(nn.Module):
           mask: true at real tokens; without it padding is attended to (its positions are still the padding's).
           positions, token_types: override the derived position ids and the all-zero segments.
           outputs_at: the tokens whose last states are wanted, in place of all; the first is what is pooled.
-          packing: computes the rows of `mask` packed (`layers.packing`); states at padding are then not to be read.
+          packing: computes the rows of `mask` packed (`layers.packing`), for `outputs_at` at real or first tokens.
 
         Raises:
           ValueError: neither or both of tokens and token_embeds, or a sequence longer than the position table.

@@ -69,8 +69,8 @@ class ClipText(nn.Module):
     ) -> EncoderOutput:
         """Encodes tokens; `pooler_output` [B, E] is the normed state at the end-of-text token, before the projection.
 
-        With `pooled_only`, the last layer computes nothing else: `last_hidden_state` is [B, 1, E]. With `packing`, the
-        rows of `mask` are computed packed (`layers.packing`); states at padding are then not to be read.
+        With `pooled_only`, the last layer computes nothing else: `last_hidden_state` is [B, 1, E]. With `packing`
+        beside it, the rows of `mask` are computed packed (`layers.packing`).
 
         Raises:
           ValueError: more tokens than positions.

@@ -259,6 +259,8 @@ class Attention(nn.Module):
         """
         kv_heads = self.num_kv_heads or self.num_heads
         if self.fused and context is not None and cache is None:
+            if output_attentions or offset is not None:
+                raise ValueError("attention: while decoding, expected neither output_attentions nor an offset")
             cache = self._read(context)
         constant = cache is not None and cache.index is None
         fused = (

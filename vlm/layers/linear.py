@@ -204,7 +204,9 @@ class Embedding(nn.Module):
         if not rules or not sizes or ids.ndim < 2:
             return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
         batch, width = (math.prod(sizes[name] for name in names) for names in (here, features))
-        if self.num_embeddings <= ids.size // (batch * width) or ids.shape[0] % batch or self.features % width:
+        if ids.shape[0] % batch:
+            here, batch = (), 1
+        if self.num_embeddings <= ids.size // (batch * width) or self.features % width:
             rows = jnp.take(constrain(self.embedding, self.axes[0], None), ids, axis=0).astype(self.dtype)
         else:
             rows = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)

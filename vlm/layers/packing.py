@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from vlm.layers.arrays import AnyArray
 from vlm.layers.transformer import StackOutput
@@ -28,7 +28,8 @@ def pack(x: AnyArray, packing: Int[AnyArray, "g t"]) -> Array:
 def packed_mask(
     mask: Bool[AnyArray, "b l"], packing: Int[AnyArray, "g t"], *, causal: bool = False
 ) -> Bool[Array, "g 1 t t"]:
-    """Lets a query see the real tokens of its own row; with `causal`, none that follow it. Rows `a b` and `c`, packed:
+    """Lets a query see the real tokens of its own row (all, where it has none); with `causal`, none that follow it.
+    Rows `a b` and `c`, packed:
 
     ::
 
@@ -37,8 +38,9 @@ def packed_mask(
         0 0 1      each column is a key
     """
     query, key = packing[:, :, None], packing[:, None, :]
-    length = mask.shape[1]
-    visible = (query // length == key // length) & pack(mask, packing)[:, None, :]
+    length, mask = mask.shape[1], jnp.asarray(mask)
+    seen = mask | ~mask.any(axis=1, keepdims=True)
+    visible = (query // length == key // length) & pack(seen, packing)[:, None, :]
     return (visible & (key <= query) if causal else visible)[:, None]
 
 
@@ -52,14 +54,6 @@ def packed_places(packing: Int[AnyArray, "g t"], batch: int, length: int) -> Int
     return jax.vmap(one)(jnp.asarray(packing)).reshape(batch, length)
 
 
-def unpack(hidden: Float[AnyArray, "g t e"], places: Int[AnyArray, "b l"]) -> Float[Array, "b l e"]:
-    """The states of rows from those of their packed tokens; zeros where a token was left out."""
-    groups = len(hidden)
-    flat = jnp.asarray(places).reshape(groups, -1, 1)
-    rows = jnp.take_along_axis(jnp.asarray(hidden), flat, axis=1, mode="fill", fill_value=0)
-    return rows.reshape(*places.shape, -1)
-
-
 def run_packed(
     run: Callable[..., StackOutput],
     mask: Bool[AnyArray, "b l"] | None,
@@ -71,17 +65,14 @@ def run_packed(
     """What a stack gives for rows: `run(mask, outputs_at=…)` is the stack on their packed tokens (`scan_layers`).
 
     Raises:
-      ValueError: no mask, or a request for the states or weights of all layers.
+      ValueError: no mask of rows that fit the packing, or no `outputs_at`: real tokens, or the first of a row.
     """
-    if mask is None:
-        raise ValueError("packing: expected the mask of the rows beside it, found none")
+    if mask is None or outputs_at is None:
+        missing = "the mask of its rows" if mask is None else "the tokens to read, outputs_at,"
+        raise ValueError(f"packing: expected {missing} beside it, found none")
+    if len(mask) % len(packing):
+        raise ValueError(f"packing: expected groups of equally many rows, found {len(packing)} of {len(mask)} rows")
     places = packed_places(packing, *mask.shape)
-    at = None
-    if outputs_at is not None:
-        at = jnp.take_along_axis(places, jnp.asarray(outputs_at), axis=1).reshape(len(packing), -1)
+    at = jnp.take_along_axis(places, jnp.asarray(outputs_at), axis=1).reshape(len(packing), -1)
     output = run(packed_mask(mask, packing, causal=causal), outputs_at=at)
-    if output.hidden_states is not None or output.attentions is not None:
-        raise ValueError("packing: expected neither hidden states nor attention weights of all layers beside it")
-    if outputs_at is None:
-        return dataclasses.replace(output, hidden=unpack(output.hidden, places))
     return dataclasses.replace(output, hidden=output.hidden.reshape(*outputs_at.shape, -1))

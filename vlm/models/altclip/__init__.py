@@ -36,5 +36,4 @@ FAMILY = Family(
     processor_type=ProcessorConfig,
     processor=Processor,
     weights=weights,
-    packs_texts=True,
 )

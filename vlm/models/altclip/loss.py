@@ -45,6 +45,11 @@ class LossConfig:
             unused(self, f"objective {self.objective!r}", "lock_image", "form")
 
     @property
+    def packs_texts(self) -> bool:
+        """Whether the text tower takes a batch's `packing` (`layers.packing`)."""
+        return self.objective != "lm"
+
+    @property
     def locked(self) -> str:
         """Regular expression of the parameters that the objective does not train."""
         towers = {
@@ -171,7 +176,7 @@ def _lm(
     del extra, config
     if not model.config.lm_head:
         raise UserError("objective 'lm' needs config.model.lm_head=True")
-    hidden = _apply(model, params, rng, model.encode_states, *_text(batch))
+    hidden = _apply(model, params, rng, model.encode_states, batch["tokens"], batch["mask"])
     hidden, labels = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(batch["labels"], 0, 1)
 
     def head(rows: jax.Array) -> jax.Array:

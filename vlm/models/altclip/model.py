@@ -222,15 +222,10 @@ class AltCLIP(nn.Module):
         return self.lm_decode(self.encode_states(tokens, mask, deterministic=deterministic))
 
     def encode_states(
-        self,
-        tokens: Int[AnyArray, "b l"],
-        mask: Bool[AnyArray, "b l"] | None = None,
-        packing: Int[AnyArray, "g t"] | None = None,
-        *,
-        deterministic: bool = True,
+        self, tokens: Int[AnyArray, "b l"], mask: Bool[AnyArray, "b l"] | None = None, *, deterministic: bool = True
     ) -> Float[Array, "b l e"]:
         """The text encoder's last hidden states, before AltCLIP's head."""
-        return self.text(tokens, mask, packing=packing, deterministic=deterministic).last_hidden_state
+        return self.text(tokens, mask, deterministic=deterministic).last_hidden_state
 
     def lm_decode(self, hidden: Float[AnyArray, "*b e"]) -> Float[Array, "*b v"]:
         """Masked-language-modelling logits of text encoder states."""
