@@ -46,7 +46,9 @@ def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, Fingerprint]:
     for name, leaf in leaves.items():
         local = leaf.is_fully_addressable or leaf.is_fully_replicated
         small = local and leaf.nbytes <= HOST_BYTES
-        found[name] = _host_lanes(np.asarray(leaf)) if small else _device_lanes(leaf)
+        # One at a time: CPU devices run programs side by side, and on two hosts the collectives of several may wait
+        # for each other for good.
+        found[name] = _host_lanes(np.asarray(leaf)) if small else jax.block_until_ready(_device_lanes(leaf))
     return {name: _fingerprint(lanes) for name, lanes in jax.device_get(found).items()}
 
 
