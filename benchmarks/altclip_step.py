@@ -7,8 +7,8 @@ with the same loss on the same arrays, alternating in one process; ours is the s
 (`vlm.training.make_train_step`: non-finite guard, norms and metrics included), theirs is
 `AltCLIPModel(..., return_loss=True)`, `backward` and fused `torch.optim.AdamW`. Prints medians and the ratio of the
 medians (> 1: ours is faster) as one JSON line. Run it on an otherwise idle machine.
-Texts have 10 to 77 tokens, drawn evenly. As with `train.pack_texts=8`, we do not compute their padding;
-with `--whole_rows` we do, as theirs does.
+Texts have 10 to 77 tokens, drawn evenly. As with `train.pack_texts=8` and lengths in steps of 8, we compute little of
+their padding; with `--whole_rows` we compute all of it, as theirs does.
 With `--alone=N`, N times, each runs in a process of its own, in turn: ours then has the heap that train.py sets for
 itself (`vlm.heap`) and would serve both in one process.
 """

@@ -178,3 +178,9 @@ def test_float32_is_multiplied_in_float32(compute):
 def test_wrong_settings(changes, message):
     with pytest.raises(UserError, match=message):
         experiment(settings(**changes))
+
+
+def test_a_family_that_reads_whole_rows_packs_no_texts():
+    changed = {**complete({"family": "flava"}), "train": {"text_lengths": (4,), "pack_texts": 2}}
+    with pytest.raises(UserError, match=r"pack_texts: this objective of flava reads whole rows: expected 1"):
+        experiment(build(schema.Config, changed, ""))

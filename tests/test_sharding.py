@@ -246,3 +246,6 @@ def test_every_micro_batch_must_divide_over_the_devices():
     assert sharding.batch_spec(ShardingConfig(), 16, sizes, 4) == sharding.batch_spec(ShardingConfig(), 16, sizes)
     with pytest.raises(UserError, match="multiple of 4 devices x 3 micro-batches, found 16"):
         sharding.batch_spec(ShardingConfig(), 16, sizes, 3)
+    assert sharding.batch_spec(ShardingConfig(), 16, sizes, 1, 2) == sharding.batch_spec(ShardingConfig(), 16, sizes)
+    with pytest.raises(UserError, match=r"pack_texts: expected a divisor of the 4 rows .* \(micro-batch\), found 8"):
+        sharding.batch_spec(ShardingConfig(), 64, sizes, 4, 8)

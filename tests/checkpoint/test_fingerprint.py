@@ -80,3 +80,13 @@ def test_not_finite(monkeypatch, value, dtype, host_bytes):
     array[1, 2] = value
     prints = fingerprints({"good": jnp.ones(3), "bad": jnp.asarray(array), "integers": jnp.full(3, 0x7F800000)})
     assert {name: found.finite for name, found in prints.items()} == {"good": True, "bad": False, "integers": True}
+
+
+def test_one_collective_at_a_time(monkeypatch):
+    """Those of several arrays in flight on two hosts of CPUs have waited for each other for good."""
+    events, lanes, wait = [], fingerprint._device_lanes, jax.block_until_ready
+    monkeypatch.setattr(fingerprint, "HOST_BYTES", 0)
+    monkeypatch.setattr(fingerprint, "_device_lanes", lambda leaf: (events.append("start"), lanes(leaf))[1])
+    monkeypatch.setattr(jax, "block_until_ready", lambda value: (wait(value), events.append("end"))[0])
+    fingerprint.fingerprints({name: jnp.arange(5) for name in "abc"})
+    assert events == ["start", "end"] * 3

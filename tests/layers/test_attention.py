@@ -145,3 +145,11 @@ def test_attention_dropout_keeps_the_expectation():
     dropped = jax.jit(jax.vmap(run))(keys)
     assert np.abs(dropped[0] - plain).max() > 1e-3
     np.testing.assert_allclose(dropped.mean(0), plain, atol=5 * float(dropped.std() / 4000**0.5) + 1e-4)
+
+
+def test_reading_a_context_for_decoding_gives_no_weights():
+    x = jnp.ones((2, 3, 8))
+    layer = attention.Attention(2, 4, fused=True)
+    for flags in ({"output_attentions": True}, {"offset": jnp.zeros((2, 2, 3, 3))}):
+        with pytest.raises(ValueError, match="while decoding, expected neither output_attentions nor an offset"):
+            layer.init(jax.random.key(0), x, context=x, **flags)
