@@ -38,7 +38,11 @@ def test_one_process_then_two_then_one(tmp_path):
         )
         for index in range(2)
     ]
-    said = [process.communicate(timeout=120) for process in running]
+    try:
+        said = [process.communicate(timeout=120) for process in running]
+    finally:  # where one waits for the other
+        for process in running:
+            process.kill()
     for out, err in said:
         assert out.strip().endswith("fine"), err[-3000:]
     assert running[1].returncode == 2 and said[1][1].splitlines()[-1] == "error: only this one failed", said[1][1]

@@ -1,5 +1,6 @@
 """One of two processes that share a run: `two_processes.py PORT INDEX FOLDER`. Driven by test_processes.py."""
 
+import itertools
 import os
 import pathlib
 import sys
@@ -49,6 +50,17 @@ def assert_restored(found, expected, axes):
     assert bool(same) and state["params"]["kernel"].sharding == wanted["params"]["kernel"].sharding
     assert jax.random.key_data(state["rng"]).tolist() == jax.random.key_data(wanted["rng"]).tolist()
 
+
+# More arrays than programs may be in flight, in every layout: unless each is awaited, both processes hang.
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+layouts = [NamedSharding(mesh, P(*axes)) for axes in itertools.permutations(("a", "b", None), 2)]
+fill = {layout: jax.jit(lambda value: jnp.full((16, 64), value), out_shardings=layout) for layout in layouts}
+many = {str(i): fill[layouts[i % len(layouts)]](np.float32(i)) for i in range(60)}
+for _ in range(3):
+    found = fingerprint.fingerprints(many)
+    assert all(
+        found[str(i)] == fingerprint.host_fingerprint(np.full((16, 64), i, np.float32)) for i in range(len(many))
+    )
 
 checkpoints = Checkpoints(folder)
 # Step 1 was written by one process with one device.

@@ -46,8 +46,8 @@ def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, Fingerprint]:
     for name, leaf in leaves.items():
         local = leaf.is_fully_addressable or leaf.is_fully_replicated
         small = local and leaf.nbytes <= HOST_BYTES
-        # One at a time: CPU devices run programs side by side, and on two hosts the collectives of several may wait
-        # for each other for good.
+        # One at a time: with 32 programs in flight, jax stops in the midst of giving the next one to a host's CPU
+        # devices, and those of another host wait in its collective for good.
         found[name] = _host_lanes(np.asarray(leaf)) if small else jax.block_until_ready(_device_lanes(leaf))
     return {name: _fingerprint(lanes) for name, lanes in jax.device_get(found).items()}
 
