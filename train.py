@@ -67,10 +67,10 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
     from vlm.checkpoint.processes import from_primary
     from vlm.checks import check_data
     from vlm.experiment import Steps, device_batches, experiment, make_loader, make_processor, make_report
+    from vlm.initial import begin
     from vlm.preemption import EXIT_PREEMPTED, Preemption, Stopped
     from vlm.tree import listing
 
-    primary, micro = jax.process_index() == 0, settings.optimizer.accumulation_steps
     mesh = sharding.make_mesh(settings.sharding.mesh)
     with contextlib.ExitStack() as stack:
         from_primary(lambda: stack.enter_context(folder.claim(workdir)))
@@ -81,10 +81,9 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         # Model and data; nothing is allocated yet.
         parts = experiment(settings)
         placements = sharding.place(parts.init.abstract(), settings.sharding.rules, mesh.shape)
-        if primary and (whole := sharding.replicated((placements.params, placements.extra))):
-            reasons = listing([f"{p.path.split('/', 1)[1]}: {p.replicated}" for p in whole], 4)
-            print(f"replicated although a rule would split them: {reasons}", file=sys.stderr)
-        rows = (settings.data.batch_size, mesh.shape, micro, settings.train.pack_texts)
+        if jax.process_index() == 0 and (whole := sharding.replicated((placements.params, placements.extra))):
+            print(f"replicated although a rule would split them: {listing(whole, 4)}", file=sys.stderr)
+        rows = (settings.data.batch_size, mesh.shape, settings.optimizer.accumulation_steps, settings.train.pack_texts)
         split = NamedSharding(mesh, sharding.batch_spec(settings.sharding, *rows))
         processor = make_processor(settings, parts.family)
         loader = make_loader(settings, processor, split, workdir)
@@ -103,15 +102,10 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         start, several = int(state.step), jax.process_count() > 1
         report = stack.enter_context(make_report(settings, config, workdir, start, loader.steps_of_streams))
         results = lambda number: workdir / "eval" / f"step_{number:08d}.json"  # noqa: E731
-        shown: set[frozenset[str]] = set()
+        samples = folder.Samples(workdir, settings.train.sample_images)
 
         def show(number: int, batch: Any) -> None:
-            """Keeps pictures of the first batch with these arrays."""
-            arrays = frozenset(batch) - {"packing"}  # which a batch of long texts lacks
-            if "image" in batch and arrays not in shown:
-                images = batch["image"].addressable_data(0)  # of this host
-                from_primary(lambda: str(folder.save_samples(workdir, images, number, settings.train.sample_images)))
-            shown.add(arrays)
+            from_primary(lambda: samples.keep(number, batch))
 
         def save(number: int, state: Any, wait: bool = False) -> None:
             position = {"step": number, "fingerprint": loader.fingerprint}
@@ -142,31 +136,6 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
             )
             return EXIT_PREEMPTED
         return 0
-
-
-def begin(
-    settings: Config, parts: Any, placements: Any, mesh: Any, checkpoints: Any, fingerprint: str, allow_change: bool
-) -> Any:
-    """The state to go on with."""
-    import jax
-
-    from vlm.initial import starting_weights, still_random, towers_of_run
-    from vlm.sharding import abstract
-    from vlm.training import init_state
-
-    found = checkpoints.restore(abstract(placements, mesh))
-    if found is None:
-        run = towers_of_run(parts.model_config, parts.loss_config)
-        start = starting_weights(settings.init, placements, mesh, run)
-        if jax.process_index() == 0 and start and (random := still_random(start, placements)):
-            print(f"not in the starting weights, so as of a new run: {random}", file=sys.stderr)
-        return init_state(parts.init, placements, mesh, settings.train.seed, start)
-    state, step, position = found
-    if position.get("fingerprint") != fingerprint and not allow_change:
-        raise UserError(f"the data differ from those up to step {step} (--allow_config_change to go on with them)")
-    if jax.process_index() == 0:
-        print(f"resumed from step {step}", file=sys.stderr)
-    return state
 
 
 def due(every: int, number: int, settings: Config) -> bool:

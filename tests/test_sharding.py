@@ -150,8 +150,8 @@ def test_every_leaf_follows_its_logical_axes_and_indivisible_dimensions_are_repo
     assert placed["kernel"].size_in_bytes == 4 * 8 * 6 * 4 and placed["kernel"].bytes_per_device == 4 * 8 * 6
     assert placed["odd"].spec == PartitionSpec(None, "tensor")
     assert placed["plain"].spec == PartitionSpec() and placed["plain"].bytes_per_device == 12
-    (odd,) = sharding.replicated(placed)
-    assert odd.path == "odd" and odd.replicated == "embed=7 is not divisible by fsdp=2"
+    assert placed["odd"].replicated == "embed=7 is not divisible by fsdp=2"
+    assert sharding.replicated(placed) == [f"odd: {placed['odd'].replicated}"]
     assert sharding.bytes_per_device(placed) == 192 + 84 + 12
 
 

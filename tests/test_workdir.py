@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -102,3 +103,13 @@ def test_samples_are_a_grid(tmp_path):
     assert grid.shape == (8, 12, 3)
     assert (grid[:4, 6:] == (255, 0, 0)).all() and not grid[:4, :6].any()
     assert workdir.save_samples(tmp_path, images, 8, 0) is None
+
+
+def test_samples_of_the_first_batch_of_each_kind(tmp_path):
+    samples, image = workdir.Samples(tmp_path, 4), jnp.zeros((2, 4, 4, 3))
+    for step, more in enumerate(((), (), ("tokens",), ("tokens", "packing"), ("mask", "tokens"))):
+        samples.keep(step, {"image": image} | dict.fromkeys(more))
+    samples.keep(9, {"tokens": None})
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        f"step_{step:08d}.png" for step in (0, 2, 4)
+    ]

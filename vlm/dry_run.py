@@ -97,8 +97,7 @@ def _memory(state: Any, optimizer: Optimizer, sizes: Mapping[str, int]) -> str:
 
 
 def _replicated(state: Any) -> str:
-    weights = sharding.replicated((state.params, state.extra))
-    return "\n".join(f"{p.path.split('/', 1)[1]}: {p.replicated}" for p in weights) or "none"
+    return "\n".join(sharding.replicated((state.params, state.extra))) or "none"
 
 
 def _batches(settings: Config, parts: Experiment, state: Any) -> list[tuple[str, str]]:

@@ -1,19 +1,23 @@
-"""Starting weights: which arrays of which checkpoints go where in a new train state."""
+"""How a run starts: from its own newest checkpoint, or new, with arrays of other checkpoints in it."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from vlm.checkpoint import Checkpoints
 from vlm.errors import UserError, did_you_mean
+from vlm.experiment import Experiment
 from vlm.loading import open_extra, open_model
-from vlm.schema import InitConfig
-from vlm.sharding import Placement
+from vlm.schema import Config, InitConfig
+from vlm.sharding import Placement, abstract
+from vlm.training import TrainState, init_state
 from vlm.tree import flatten, listing, unflatten
 
 EXTRA = "extra"
@@ -36,6 +40,39 @@ def towers_of_run(model: Any, loss: Any) -> dict[str, Any]:
     teacher = getattr(loss, "teacher", None)
     of_teacher = towers(model, "extra/teacher") if teacher is None else {"extra/teacher/text": teacher}
     return towers(model, "params") | of_teacher
+
+
+def begin(
+    settings: Config,
+    parts: Experiment,
+    placements: Any,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    fingerprint: str,
+    allow_change: bool = False,
+) -> TrainState:
+    """The state that a run goes on with: of the newest verified checkpoint, or a new one with `config.init` in it.
+
+    Args:
+      placements: of the whole state.
+      fingerprint: of the data, which a checkpoint's must equal unless `allow_change`.
+
+    Raises:
+      UserError: other data; starting weights that do not fit.
+    """
+    found = checkpoints.restore(abstract(placements, mesh))
+    if found is None:
+        run = towers_of_run(parts.model_config, parts.loss_config)
+        start = starting_weights(settings.init, placements, mesh, run)
+        if jax.process_index() == 0 and start and (random := still_random(start, placements)):
+            print(f"not in the starting weights, so as of a new run: {random}", file=sys.stderr)
+        return init_state(parts.init, placements, mesh, settings.train.seed, start)
+    state, step, position = found
+    if position.get("fingerprint") != fingerprint and not allow_change:
+        raise UserError(f"the data differ from those up to step {step} (--allow_config_change to go on with them)")
+    if jax.process_index() == 0:
+        print(f"resumed from step {step}", file=sys.stderr)
+    return state
 
 
 def starting_weights(

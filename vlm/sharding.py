@@ -250,9 +250,10 @@ def abstract(placements: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, placements)
 
 
-def replicated(placements: Any) -> list[Placement]:
-    """The placements with a dimension that should be split and cannot be."""
-    return [placement for placement in jax.tree.leaves(placements) if placement.replicated]
+def replicated(placements: Any) -> list[str]:
+    """The arrays of a part of the state with a dimension that should be split and cannot be, each with the reason."""
+    found = [placement for placement in jax.tree.leaves(placements) if placement.replicated]
+    return [f"{placement.path.split('/', 1)[-1]}: {placement.replicated}" for placement in found]
 
 
 def bytes_per_device(placements: Any) -> int:

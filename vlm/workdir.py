@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,22 @@ def _git_commit() -> str | None:
         return None
 
 
-def save_samples(workdir: Path, images: np.ndarray, step: int, count: int) -> Path | None:
+class Samples:
+    """Keeps pictures of a run's batches: of the first one with each set of arrays."""
+
+    def __init__(self, workdir: Path, count: int):
+        self._workdir, self._count = workdir, count
+        self._seen: set[frozenset[str]] = set()
+
+    def keep(self, step: int, batch: Mapping[str, Any]) -> None:
+        """Writes the first images of this host, unless a batch with these arrays was seen before."""
+        arrays = frozenset(batch) - {"packing"}  # which a batch of long texts lacks
+        if "image" in batch and arrays not in self._seen:
+            save_samples(self._workdir, batch["image"].addressable_data(0), step, self._count)
+        self._seen.add(arrays)
+
+
+def save_samples(workdir: Path, images: Any, step: int, count: int) -> Path | None:
     """Writes a PNG grid of the first images of a batch [B, H, W, 3], each stretched to the full range of grey."""
     images = np.nan_to_num(np.asarray(np.asarray(images)[:count], np.float32))  # not on the devices
     if images.ndim != 4 or not len(images) or images.shape[-1] != 3:
