@@ -39,6 +39,8 @@ def test_config_dicts_are_taken(lines):
         ({"kind": None}, "unknown kind None"),
         ({"feilds": {}}, "kind 'jsonl': unknown option 'feilds'; did you mean 'fields'"),
         ({"index_dir": "x"}, "kind 'jsonl': unknown option 'index_dir'"),
+        ({"ids": "test.txt"}, "kind 'jsonl': unknown option 'ids'"),
+        ({"kind": "lines", "texts": "en.txt"}, "option 'texts': expected Mapping, found 'en.txt'"),
         ({"path": 3}, "option 'path': expected str or tuple or list, found 3"),
         ({"fields": "text"}, "option 'fields': expected Mapping, found 'text'"),
         ({"num_examples": True}, "option 'num_examples': expected int, found True"),

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from vlm.data.json_list import JsonSource
 from vlm.data.jsonl import JsonlSource
+from vlm.data.lines import LinesSource
 from vlm.data.parquet import ParquetSource
 from vlm.data.tar import TarSource
 from vlm.data.tfds import TfdsSource
@@ -29,6 +30,7 @@ KINDS = {
     "json": JsonSource,
     "parquet": ParquetSource,
     "tsv": TsvSource,
+    "lines": LinesSource,
     "visdial": VisDialSource,
 }
 _PROBE = 16
@@ -37,6 +39,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "fields": (Mapping,), "where": (Mapping,), "num_shards": (int,), "num_examples": (int,), "max_bytes": (int,),
     "cache_bytes": (int,), "weight": (int, float), "each": (str,), "number": (str,), "annotations": (str,),
     "frames": (int,), "columns": (tuple, list), "max_broken": (int,), "classes": (Mapping,),
+    "texts": (Mapping,), "ids": (str,), "image": (str,),
 }  # fmt: skip
 
 
