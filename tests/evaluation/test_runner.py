@@ -77,6 +77,22 @@ def test_one_data_set_in_several_languages_is_embedded_once(model, params, proce
     assert alone["de/top1"] == metrics["de/top1"] == metrics["en/top1"] and metrics["other/top1"] != metrics["en/top1"]
 
 
+def test_unreadable_examples_are_named_and_many_stop_the_evaluation(model, params, processor, colours, caplog):
+    data, _ = colours(count=10, broken=(3, 8))
+    with pytest.raises(
+        UserError, match="^config.eval.colours: 2 of .*more than max_skip_fraction=0.001 allows; .*'k8'"
+    ):
+        evaluation.run(specs(data), model, params, processor, progress=False)
+    caplog.clear()
+    allowed = {"colours": specs(data)["colours"] | {"max_skip_fraction": 0.5}}
+    evaluation.run(allowed, model, params, processor, progress=False)
+    lines = [record.getMessage() for record in caplog.records if record.name == "vlm"]
+    assert len(lines) == 2 and "'k3'" in lines[0] and "'k8'" in lines[1]
+    assert all("left out, it does not count" in line for line in lines)
+    with pytest.raises(UserError, match="max_skip_fraction: expected a value from 0 to 1"):
+        evaluation.prepare({"colours": specs(data)["colours"] | {"max_skip_fraction": 2.0}})
+
+
 def test_progress_is_shown(model, params, processor, colours, capsys):
     data, _ = colours(count=5)
     evaluation.run(specs(data), model, params, processor)

@@ -84,8 +84,10 @@ class Batches:
         for row in skips:
             self.draws += 1
             for skip in row:
-                self.skipped += 1
-                self._loader.ledger.add(skip)
+                new = self._loader.ledger.add(skip)
+                self.skipped += (
+                    new or self._loader.train
+                )  # the rows that fill up an evaluation's last batch repeat some
                 limit = settings.max_skip_fraction * max(self.draws, settings.skip_window)
                 if self.skipped > limit:
                     raise UserError(

@@ -47,7 +47,7 @@ class Embedder:
       num_workers: threads per host that decode images.
       memory: the image embeddings of the last data set, so that evaluations of one set in several languages run the
         image tower once; see `all_images`.
-      poll: see `Feed`.
+      poll, max_skip_fraction: see `Feed`.
     """
 
     model: Any
@@ -59,11 +59,13 @@ class Embedder:
     num_workers: int = 2
     memory: dict[str, tuple[np.ndarray, list[int]]] = dataclasses.field(default_factory=dict)
     poll: Callable[[], None] = lambda: None
+    max_skip_fraction: float = 1.0
 
     @property
     def feed(self) -> Feed:
         """Where batches go."""
-        return Feed(self.mesh, self.batch_axes, self.batch_size, self.num_workers, self.poll)
+        names = ("mesh", "batch_axes", "batch_size", "num_workers", "poll", "max_skip_fraction")
+        return Feed(**{name: getattr(self, name) for name in names})
 
     @property
     def rows(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -62,6 +63,7 @@ class Feed:
       batch_size: rows over all devices, rounded up to a multiple of them.
       num_workers: threads per host that decode images.
       poll: called on every host before anything goes to the devices; what it raises, on all of them, ends the work.
+      max_skip_fraction: share of unreadable examples, of this host, above which `examples` stops.
     """
 
     mesh: Mesh | None = None
@@ -69,6 +71,7 @@ class Feed:
     batch_size: int = 64
     num_workers: int = 2
     poll: Callable[[], None] = lambda: None
+    max_skip_fraction: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -117,7 +120,7 @@ class Feed:
         note: Callable[[dict[str, Any]], Note],
         advance: Advance | None = None,
     ) -> Iterator[Fed]:
-        """Yields the readable examples in order, a batch at a time.
+        """Yields the readable examples in order, a batch at a time; those that are not readable are named in the log.
 
         Args:
           transform: arrays of one raw example, without batch axis and of one shape; called from several threads.
@@ -125,7 +128,7 @@ class Feed:
           advance: called with the number of examples done.
 
         Raises:
-          UserError: on every host, an example of one of them that `note` refuses, or every example is unreadable.
+          UserError: on every host, an example of one of them that `note` refuses; more unreadable ones than allowed.
         """
         start, stop = self.local_rows()
         settings = LoaderSettings(
@@ -133,15 +136,18 @@ class Feed:
             num_workers=self.num_workers,
             host_index=start // (stop - start),
             host_count=self.rows // (stop - start),
-            max_skip_fraction=1.0,
+            max_skip_fraction=self.max_skip_fraction,
         )
         kept: dict[int, Note] = {}
         step_transform = functools.partial(_transform, transform=transform, note=note, kept=kept)
         loader = Loader([_Numbered(source)], step_transform, settings, train=False)
-        readable = 0
+        readable, told, log = 0, 0, logging.getLogger("vlm")
         with loader.iterate() as batches:
             for step, (batch, everyone) in enumerate(_gathered(batches, kept)):
                 readable += len(everyone)
+                for skip in loader.ledger.entries[told:]:
+                    log.warning("%s: left out, it does not count: %s", source.name, skip.error)
+                told = len(loader.ledger.entries)
                 yield Fed(batch, step * self.rows, [{"index": i, **everyone[i]} for i in sorted(everyone)])
                 if advance is not None:
                     advance(min((step + 1) * self.rows, len(source)))

@@ -28,8 +28,9 @@ from vlm.evaluation.matching import MatchingConfig, MatchingRetrieval
 from vlm.evaluation.statements import Nlvr2, Nlvr2Config
 from vlm.evaluation.vqa import Vqa, VqaConfig
 from vlm.evaluation.zero_shot import ZeroShot, ZeroShotConfig
+from vlm.family import NO_PROCESSOR
 from vlm.metrics import Progress
-from vlm.strict import build, plain
+from vlm.strict import build, fraction, plain
 
 KINDS: dict[str, tuple[type, Any]] = {
     "zero_shot": (ZeroShotConfig, ZeroShot),
@@ -53,14 +54,17 @@ class Feeding:
     Attributes:
       batch_size: images or texts per step over all devices.
       num_workers: threads per host that decode images.
+      max_skip_fraction: the evaluation stops when more than this share of the examples is unreadable.
     """
 
     batch_size: int = 64
     num_workers: int = 2
+    max_skip_fraction: float = 0.001
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_workers < 0:
             raise ValueError(f"expected batch_size of at least 1 and num_workers of at least 0, found {self}")
+        fraction(self, "max_skip_fraction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +126,7 @@ def run(
     if output is not None:
         from_primary(lambda: files.check_output(Path(output)))
     if processor is None:
-        raise UserError("evaluation: the checkpoint has no tokenizer and image settings")
+        raise UserError(f"evaluation: the checkpoint {NO_PROCESSOR}")
     if mesh is None:
         current = jax.sharding.get_mesh()
         mesh = None if current.empty else current
@@ -130,7 +134,7 @@ def run(
     embedder = Embedder(model, params, processor, mesh, batch_axes, poll=poll)
     results: dict[str, Result] = {}
     for name, (evaluator, feeding) in plan.evaluators.items():
-        fed = dataclasses.replace(embedder, batch_size=feeding.batch_size, num_workers=feeding.num_workers)
+        fed = dataclasses.replace(embedder, **plain(feeding))
         if isinstance(evaluator, Extract) and output is not None:
             evaluator = dataclasses.replace(evaluator, folder=Path(output).with_suffix("") / name)
         try:
