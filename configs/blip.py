@@ -30,10 +30,11 @@ A task starts from a model of its own kind and image size, made once from a pret
     python -m vlm.convert model_base.pth checkpoints/model_base_nlvr --task=nlvr --image-size=384 --random
 
 (the dialog model from that for retrieval). Evaluations are those of the table: Karpathy's COCO test split and NoCaps
-(`coco`, `nocaps`), both directions of retrieval, NLVR2 (`dev`, `test`: test-P); `vqa` writes the file for VQA's server.
-NLVR2's own files are read as well: {"kind": "jsonl", "path": "nlvr2/data/dev.json", "root": "nlvr2/images"}.
+(`coco`, `nocaps`), both directions of retrieval, NLVR2 (`dev`, `test`: test-P), SNLI-VE (`dev`, `test`); `vqa` writes
+the file for VQA's server. NLVR2's own files are read as well: {"kind": "jsonl", "path": "nlvr2/data/dev.json",
+"root": "nlvr2/images"}.
 
-Small ones, for two CPU cores, on the two-digit scenes that `python -m vlm.demo --output=demo_output --data_only`
+Small ones, for two CPU cores, on the two-digit scenes that `python -m vlm.demo blip --output=demo_output --data_only`
 prepares: `tiny` (pretraining, seconds), `digits_caption` and `digits_vqa` (at least 90 % exact captions and right
 answers in five minutes each); and `nlvr_tiny` (below). `configs/blip.py:VARIANT,FOLDER` reads from FOLDER instead.
 OK-VQA and A-OKVQA are in `configs/blip_knowledge.py`, MSR-VTT in `configs/blip_evaluations.py`.
@@ -44,7 +45,7 @@ contrastive candidates and hard negatives of a row come from its group, further 
 
 from ml_collections import ConfigDict
 
-from configs.blip_evaluations import EVALUATIONS
+from configs.blip_evaluations import EVALUATIONS, SNLI_VE
 from vlm.demo import nlvr, scenes
 
 VIT_B = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
@@ -170,7 +171,7 @@ SOURCES = {
     "caption": ({"kind": "json", "path": "data/coco/coco_karpathy_train.json"},),
     "vqa": tuple({"kind": "json", "path": f"data/vqa/{part}.json"} for part in ("vqa_train", "vqa_val", "vg_qa")),
     "nlvr": ({"kind": "json", "path": "data/nlvr2/nlvr_train.json"},),
-    "classification": ({"kind": "jsonl", "path": "data/snli_ve/train.jsonl"},),
+    "classification": ({**SNLI_VE, "path": "data/snli_ve/snli_ve_train.jsonl"},),
     "dialog": ({"kind": "visdial", "path": "data/visdial/visdial_1.0_train.json", "root": "data/coco"},),
 }
 

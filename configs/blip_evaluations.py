@@ -24,6 +24,14 @@ def get_config(variant: str = "msrvtt") -> ConfigDict:
     return ConfigDict({"family": "blip", "eval": EVALUATIONS[variant]})
 
 
+SNLI_VE = {  # as published: {"Flickr30K_ID": …, "gold_label": …, "sentence1": …, "sentence2": …} on every line
+    "kind": "jsonl",
+    "root": "data/flickr30k/flickr30k_images",
+    "fields": {"image": "{Flickr30K_ID}.jpg", "text": "sentence2", "label": "gold_label"},
+    "classes": {"label": ("contradiction", "neutral", "entailment")},  # LAVIS' numbers of them
+}
+
+
 def _retrieval(path: str, shortlist: int) -> dict:
     """Published: both lists re-ranked down to `shortlist`; scores are matching logit plus cosine."""
     data = {"kind": "json", "path": path}
@@ -54,6 +62,14 @@ EVALUATIONS = {  # what the paper reports; the expected numbers stand in the tab
     },
     "nlvr": {
         part: {"kind": "nlvr2", "data": {"kind": "json", "path": f"data/nlvr2/nlvr_{part}.json"}}
+        for part in ("dev", "test")
+    },
+    "classification": {
+        part: {
+            "kind": "classification",
+            "data": {**SNLI_VE, "path": f"data/snli_ve/snli_ve_{part}.jsonl"},
+            "names": SNLI_VE["classes"]["label"],
+        }
         for part in ("dev", "test")
     },
     "dialog": {  # NDCG is of the rounds that the dense annotations judge

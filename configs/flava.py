@@ -40,9 +40,10 @@ they reach.
 |                        |                  | `glue_qqp` 88.74 mean of accuracy and F1; `glue_stsb` Pearson 85.67|
 | `probe`                | none (eval.py)   | ImageNet 75.54, Food101 88.51, CIFAR10 92.87, CIFAR100 77.68       |
 
-Small, for two CPU cores, on the two-digit scenes that `python -m vlm.demo --output=demo_output --data_only` prepares:
-`tiny`, all six losses on three streams in a minute, with a random codebook. `configs/flava.py:tiny,FOLDER` reads from
-FOLDER instead. Data and starting checkpoints are paths under `data/` and `checkpoints/`.
+Small, for two CPU cores, on the two-digit scenes that `python -m vlm.demo blip --output=demo_output --data_only`
+prepares (the story `flava` does too, with more): `tiny`, all six losses on three streams in a minute, with a random
+codebook. `configs/flava.py:tiny,FOLDER` reads from FOLDER instead. Data and starting checkpoints are paths under
+`data/` and `checkpoints/`.
 """
 
 from ml_collections import ConfigDict

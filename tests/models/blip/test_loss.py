@@ -1,5 +1,6 @@
 """BLIP's training steps on a small model: what they compute, what they train, on one device and on eight."""
 
+import dataclasses
 import functools
 import re
 
@@ -15,7 +16,7 @@ from vlm.errors import UserError
 from vlm.fusion.med import MedConfig
 from vlm.losses import token_losses
 from vlm.models.blip.config import BLIPConfig
-from vlm.models.blip.loss import REQUIRED, LossConfig, init_extra, loss
+from vlm.models.blip.loss import OBJECTIVES, REQUIRED, LossConfig, init_extra, loss
 from vlm.models.blip.model import BLIP
 from vlm.optimizer import make_optimizer
 from vlm.schema import GroupConfig, MeshConfig, OptimizerConfig, ScheduleConfig, ShardingConfig
@@ -99,12 +100,17 @@ def start_params(model, objective):
     return unflatten({path: value(path, leaf) for path, leaf in shapes.items()})
 
 
+QUEUED = ("pretrain", "retrieval")
+
+
 class Run:
     """A state and its compiled step."""
 
     def __init__(self, objective, mesh=None, accumulation=1, lr=5e-3, **settings):
         mesh = mesh or MeshConfig(1, 1, 1)
-        self.config = LossConfig(objective, queue_size=Q, alpha_steps=4, momentum=0.9, **settings)
+        teacher = {"alpha_steps": 4, "momentum": 0.9} if objective in (*QUEUED, "classification") else {}
+        queue = {"queue_size": Q} if objective in QUEUED else {}
+        self.config = LossConfig(objective, **teacher, **queue, **settings)
         model = module(objective)
         self.mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
         rules, sizes = ShardingConfig().rules, dict(self.mesh.shape)
@@ -471,6 +477,46 @@ def test_what_is_missing_is_named(objective, changes, message):
         loss(module(objective), {}, {}, batch, jax.random.key(0), LossConfig(objective))
 
 
+OTHER = {
+    "label_smoothing": 0.0, "queue_size": 64, "momentum": 0.5, "alpha": 0.1, "alpha_steps": 7, "group_size": 4,
+    "all_negatives": True, "distill": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", REQUIRED)
+def test_a_setting_is_accepted_where_the_step_reads_it_and_refused_elsewhere(objective):
+    """What is read is found out by running: every step is traced with settings that note who asks for them."""
+
+    class Noting:
+        def __init__(self, **settings):
+            self.settings, self.read = dataclasses.asdict(LossConfig(objective, **settings)), set()
+
+        def __getattr__(self, name):
+            self.read.add(name)
+            return self.settings[name]
+
+    model, read = module(objective), {"distill"} if objective == "classification" else set()
+    batch = batch_for(objective)
+    params = start_params(model, objective)
+    for settings in ({}, {"distill": True}) if objective == "classification" else ({},):
+        config = LossConfig(objective, **settings, **({"queue_size": Q} if objective in QUEUED else {}))
+        noting = Noting(**settings)
+        extra = sharding.unbox(init_extra(model, params, jax.random.key(1), config))
+
+        def step(params, batch, extra=extra, noting=noting):
+            return OBJECTIVES[objective](model, params, extra, batch, jax.random.key(0), noting)[0]
+
+        jax.eval_shape(step, params, batch)
+        read |= noting.read | ({"queue_size"} if objective in QUEUED else set())  # by `init_extra`
+        for name, value in OTHER.items():
+            if name in read:
+                LossConfig(objective, **settings | {name: value})
+            else:
+                with pytest.raises(ValueError, match=f"{name}: objective '{objective}'.* does not read it; expected"):
+                    LossConfig(objective, **settings | {name: value})
+    assert read <= set(OTHER)
+
+
 def test_a_model_without_joint_space_cannot_be_pretrained():
     with pytest.raises(UserError, match=r"'pretrain' needs config\.model\.projection_dim and temperature"):
         init_extra(module("caption"), {}, jax.random.key(0), LossConfig())
@@ -478,7 +524,13 @@ def test_a_model_without_joint_space_cannot_be_pretrained():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"alpha": 2.0}, "alpha: expected a value from 0 to 1"), ({"group_size": 1}, "group_size: expected at least 2")],
+    [
+        ({"alpha": 2.0}, "alpha: expected a value from 0 to 1"),
+        ({"group_size": 1}, "group_size: expected at least 2"),
+        ({"all_negatives": True}, "all_negatives: objective 'pretrain' does not read it; expected False, found True"),
+        ({"objective": "caption", "queue_size": 9}, "queue_size: objective 'caption' .*; expected 57600, found 9"),
+        ({"objective": "classification", "alpha_steps": 3}, "alpha_steps: objective 'classification' without distill"),
+    ],
 )
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):

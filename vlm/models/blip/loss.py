@@ -17,14 +17,26 @@ from vlm.models.blip.model import BLIP
 from vlm.models.blip.momentum import copied
 from vlm.models.blip.pretrain import pretrain
 from vlm.models.blip.retrieval import retrieval
+from vlm.strict import unused
 
 NO_ID = -100
 """What the queue of image ids holds before images have passed."""
+_TEACHER = ("momentum", "alpha", "alpha_steps")
+_READ: dict[str, tuple[str, ...]] = {
+    "pretrain": ("label_smoothing", "queue_size", "group_size", *_TEACHER),
+    "retrieval": ("all_negatives", "queue_size", "group_size", *_TEACHER),
+    "caption": ("label_smoothing",),
+    "vqa": ("label_smoothing",),
+    "classification": ("distill",),
+    "matching": (),
+    "dialog": (),
+}
+"""By objective: the settings that it reads; classification with `distill` those of the teacher too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Settings of the objectives.
+    """Settings of the objectives; one that the objective does not read must keep its default.
 
     Attributes:
       objective: "pretrain" (contrastive + matching + language modelling), "retrieval" (contrastive + matching),
@@ -76,6 +88,12 @@ class LossConfig:
         return None
 
     def __post_init__(self) -> None:
+        reader, read = f"objective {self.objective!r}", ("objective", *_READ[self.objective])
+        if self.distill and "distill" in read:
+            read += _TEACHER
+        elif "distill" in read:
+            reader += " without distill"
+        unused(self, reader, *(field.name for field in dataclasses.fields(self) if field.name not in read))
         for name in ("label_smoothing", "momentum", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a value from 0 to 1, found {getattr(self, name)}")
