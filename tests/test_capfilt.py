@@ -42,6 +42,7 @@ KINDS = {
     "captioner": ("caption", BLIPConfig(VIT, None, MED, **ALONE)),
     "filter": ("retrieval", BLIPConfig(VIT, MED, None, **ALONE | {"itm": True})),
     "vqa": ("vqa", BLIPConfig(VIT, MED, MED, **ALONE)),
+    "pretrained": ("caption", BLIPConfig(VIT, MED, None, projection_dim=4, **IDS)),
 }
 FAST = ("--devices=2", "--batch_size=4", "--num_workers=0")
 
@@ -282,7 +283,7 @@ def test_processes_share_the_shards(models, shards, baseline, tmp_path, capsys):
             ["--max_length=4", "--min_length=1"],
             "--max_length: expected more than the prompt's 4 tokens and at most 24, found 4",
         ),
-        (["--top_p=0"], "top_p: expected a number in (0, 1], found 0.0"),
+        (["--top_p=0"], "error: --top_p: expected a number in (0, 1], found 0.0"),
         (["--process_id=2", "--num_processes=2"], "found --process_id=2 and --num_processes=2"),
         (["--devices=9"], "--devices: expected at most 8, found 9"),
         (["--human=none.tar"], "missing shard: none.tar"),
@@ -304,6 +305,15 @@ def test_wrong_calls_end_in_one_line_and_leave_nothing(models, shards, altclip, 
     assert stop.value.code == 2 and error.count("\n") == 1 and message in error
     left = {path.name for path in (tmp_path / "out").glob("*")}
     assert left <= ({"capfilt.json", "skipped.jsonl"} if "max_skip" in options[0] else set())
+
+
+def test_a_pretraining_model_as_captioner_gives_a_note(models, shards, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        options = [f"--captioner={models / 'pretrained'}", f"--filter={models / 'captioner'}"]
+        command.main(call(models, shards, tmp_path / "out", *options))
+    note, error = capsys.readouterr().err.splitlines()
+    assert note == "note: --captioner is a pretraining model; one fine-tuned for captions writes better"
+    assert error.startswith("error: --filter: expected a model with a matching head")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import jax
 
 from vlm.layers.cache import DecoderCache
 
+NO_PROCESSOR = "has no tokenizer and image settings (python -m vlm.convert SOURCE TARGET --tokenizer=FOLDER adds them)"
+"""What is said of a checkpoint that has weights only."""
 Params = Any
 Extra = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -88,9 +90,10 @@ class Family:
       processor_type: frozen dataclass of the processor's settings; `config.processor` is built into it. It may have
         `check(architecture, loss settings)`, which raises UserError where its examples would not fit them, and
         `for_run(architecture, loss settings)`, which gives the settings completed from them.
-      processor: the class that turns images and texts into batches and has `from_config(settings)`, `load(dir)`,
-        `save(dir)`, `example(raw, rng, train)` for one training example, and `rows(settings)`, its possible shapes; if
-        examples are of several kinds, `rows(settings, fields)`: of raw examples with these fields only.
+      processor: the class that turns images and texts into batches and has `from_config(settings)`, `save(dir)`,
+        `load(dir, architecture)`, which tells what the files do not (the size of pictures), `example(raw, rng, train)`
+        for one training example, and `rows(settings)`, its possible shapes; if examples are of several kinds,
+        `rows(settings, fields)`: of raw examples with these fields only.
       weights: the module with the family's tables for foreign checkpoints.
     """
 

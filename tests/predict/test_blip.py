@@ -1,5 +1,7 @@
 """Captions, answers, matching and localisation from the command line, on model folders."""
 
+import dataclasses
+import functools
 import json
 
 import jax
@@ -11,6 +13,23 @@ import vlm
 from vlm import predict
 from vlm.errors import UserError
 from vlm.generation import generate
+from vlm.models.blip.model import BLIP
+
+from ..quick import random_params
+
+
+def shared(tiny_blip, **parts):
+    """A model whose encoder and decoder share what they can, of random weights."""
+    retrieval, _, processor = tiny_blip("retrieval")
+    model = BLIP(dataclasses.replace(retrieval.config, shared_decoder=True, **parts))
+    tokens = np.zeros((1, 2), np.int32)
+    return model, random_params(model, np.zeros((1, 24, 24, 3), np.float32), tokens), processor.for_task("caption")
+
+
+SHARED = {  # a pretraining model, and one that was made to describe only
+    "pretrain": shared,
+    "describe": functools.partial(shared, projection_dim=None, itm=False, temperature=None),
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +40,7 @@ def folder(tiny_blip, tmp_path_factory):
     def make(task):
         if task not in made:
             made[task] = tmp_path_factory.mktemp(task) / "model"
-            vlm.save(made[task], *tiny_blip(task))
+            vlm.save(made[task], *(SHARED[task](tiny_blip) if task in SHARED else tiny_blip(task)))
         return made[task]
 
     return make
@@ -137,21 +156,31 @@ def test_localise(run, images, tmp_path):
         ("vqa", ["--task=caption"], "questions"),
         ("caption", ["--task=answer", "--text=a?"], "model that answers questions"),
         ("caption", ["--task=match", "--text=a"], "neither a matching head nor a joint space"),
-        ("caption", ["--task=classify", "--text=a", "--text=b"], "cannot encode an image"),
+        ("caption", ["--task=classify", "--text=a", "--text=b"], "BLIP: this model has no joint space"),
+        ("classification", ["--task=classify", "--text=a", "--text=b"], "BLIP: this model has no joint space"),
+        ("classification", ["--task=embed"], "--task=embed: BLIP: this model has no joint space"),
         ("caption", ["--task=localise", "--text=a", "--output={tmp}/x.png"], "matching head"),
         ("retrieval", ["--task=localise", "--text=a"], "needs one --image, one --text and --output"),
         ("retrieval", ["--task=localise", "--text=a", "--output={tmp}/x.jpg"], "ends in .png"),
         ("retrieval", ["--task=match", "--text=a", "--num_beams=2"], "--num_beams belongs to --task=caption"),
         ("retrieval", ["--task=match", "--text=a", "--layer=2"], "--layer belongs to"),
         ("caption", ["--task=caption", "--text=a", "--text=b"], "takes one --text"),
-        ("caption", ["--task=caption", "--temperature=2"], "do_sample=True"),
-        ("caption", ["--task=caption", "--seed=4"], "seed: only draws use it"),
+        (
+            "caption",
+            ["--task=caption", "--temperature=2"],
+            ": --temperature: only draws use it; expected --do_sample\n",
+        ),
+        ("caption", ["--task=caption", "--temperature=nan"], ": --temperature: expected a finite number, found nan"),
+        ("caption", ["--task=caption", "--do_sample", "--temperature=0"], "found 0.0; greedy is without --do_sample"),
+        ("caption", ["--task=caption", "--max_length=9", "--max_new_tokens=3"], ": --max_length: expected only one of"),
+        ("vqa", ["--task=answer", "--text=a?", "--top_p=0.5"], ": --top_p: only draws use it; expected --do_sample"),
+        ("caption", ["--task=caption", "--seed=4"], ": --seed: only draws use it"),
         ("caption", ["--task=caption", "--num_beams=1", "--length_penalty=3"], "only beam search uses it"),
         ("caption", ["--task=caption", "--num_beams=1", "--beam_normalisation=legacy"], "only beam search uses it"),
         ("caption", ["--task=caption", "--text=" + "a " * 21], "a prompt of 22 tokens"),
         ("caption", ["--task=caption", "--text=" + "a " * 30, "--max_new_tokens=3"], "at most 24 tokens, found 31"),
         ("vqa", ["--task=answer", "--text=" + "what " * 60], "tokens, found 62: what what"),
-        ("caption", ["--task=caption", "--num_beams=0"], "num_beams: expected at least 1"),
+        ("caption", ["--task=caption", "--num_beams=0"], ": --num_beams: expected at least 1"),
     ],
 )
 def test_wrong_calls(run, images, tmp_path, model, arguments, message):
@@ -159,3 +188,33 @@ def test_wrong_calls(run, images, tmp_path, model, arguments, message):
     status, out, err = run(model, f"--image={images[0]}", *given)
     assert status == 2 and not out and not list(tmp_path.iterdir())
     assert err.startswith("error: ") and len(err.strip().splitlines()) == 1 and message in err, err
+
+
+@pytest.mark.parametrize("arguments", [["--task=match"], ["--task=localise", "--output={tmp}/x.png"]])
+@pytest.mark.parametrize("model", ["retrieval", "classification"])
+def test_pictures_of_another_size_than_the_model_reads(tiny_blip, images, tmp_path, capsys, model, arguments):
+    """A folder whose image settings were exchanged; the one model has a joint space, the other the head alone."""
+    module, params, processor = tiny_blip(model)
+    image = dataclasses.replace(processor.config.image, size=32)
+    processor = type(processor)(processor.tokenizer, dataclasses.replace(processor.config, image=image))
+    vlm.save(tmp_path / "model", module, params, processor)
+    flags = [argument.format(tmp=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit) as caught:
+        predict.main([str(tmp_path / "model"), f"--image={images[0]}", "--text=a five", *flags])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and not out and not (tmp_path / "x.png").exists()
+    assert err.startswith("error: ") and len(err.splitlines()) == 1
+    assert "expected 24x24 pixels, found 32x32" in err, err
+
+
+def test_captions_of_a_pretraining_model_come_with_a_note(run, images, monkeypatch):
+    """Only of a model that has all of its parts; answers and a captioner's captions without one."""
+
+    def check(*inputs, **options):
+        raise UserError("seen")
+
+    monkeypatch.setattr("vlm.predict.writing.check_writes", check)
+    note = "note: this is a pretraining model; one fine-tuned for captions writes better\n"
+    assert run("pretrain", "--task=caption", f"--image={images[0]}")[2] == f"{note}error: seen\n"
+    assert run("caption", "--task=caption", f"--image={images[0]}")[2] == "error: seen\n"
+    assert run("describe", "--task=caption", f"--image={images[0]}")[2] == "error: seen\n"

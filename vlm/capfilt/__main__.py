@@ -143,10 +143,15 @@ def _pipeline(options: argparse.Namespace, folder: Path, index: int, mesh: Any, 
     from vlm.capfilt.pipeline import Limit, Pipeline, Settings, recorded
     from vlm.data.ledger import SkipLedger
     from vlm.generation import GenerationConfig
+    from vlm.predict.output import as_flags
     from vlm.strict import build
 
     sampling = ("top_p", "top_k", "repetition_penalty", "min_length", "max_length")
-    generation = build(GenerationConfig, {"do_sample": True} | {k: getattr(options, k) for k in sampling}, "captions")
+    try:
+        given = {name: getattr(options, name) for name in sampling}
+        generation = build(GenerationConfig, {"do_sample": True} | given, "captions")
+    except UserError as error:
+        raise UserError(as_flags(str(error), "captions", sampling)) from None
     names = {"image": options.image_field, "text": options.text_field}
     settings = Settings(
         options.threshold, options.seed, options.max_words, names if options.text_field else None, options.score_only
@@ -155,7 +160,7 @@ def _pipeline(options: argparse.Namespace, folder: Path, index: int, mesh: Any, 
     paths = {"captioner": options.captioner, "filter": options.filter}
     loaded = {path: vlm.load(path, mesh=mesh, rules=rules, dtype=options.dtype) for path in set(paths.values())}
     captioner = Captioner(loaded[paths["captioner"]], generation, options.prompt, rows, options.max_words)
-    if loaded[paths["captioner"]][0].config.shared_decoder:
+    if loaded[paths["captioner"]][0].pretrained_only:
         print("note: --captioner is a pretraining model; one fine-tuned for captions writes better", file=sys.stderr)
     matcher = Filter(loaded[paths["filter"]], mesh, axes)
     models = {name: fingerprint(loaded[path]) for name, path in paths.items()}

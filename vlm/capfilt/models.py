@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from vlm.data.text import clean_caption
 from vlm.errors import UserError
+from vlm.family import NO_PROCESSOR
 from vlm.fusion.med import MedConfig
 from vlm.generation import GenerationConfig, generate, prepare
 from vlm.models.blip.config import BLIPConfig
@@ -129,7 +130,7 @@ def _check(flag: str, model: Any, processor: Any) -> BLIPConfig:
     if config.num_images != 1 or config.video != "none":
         raise UserError(f"{flag}: expected a model of single images, found one of pairs or videos")
     if processor is None or processor.tokenizer is None:
-        raise UserError(f"{flag}: the checkpoint has no tokenizer and image settings")
+        raise UserError(f"{flag}: the checkpoint {NO_PROCESSOR}")
     if config.vision is None:
         raise UserError(f"{flag}: the model has no image encoder")
     size, made = config.vision.image_size, processor.image_settings.output_size

@@ -8,6 +8,7 @@ values of a setting that is a number share one program.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from vlm.errors import UserError
+from vlm.errors import UserError, did_you_mean
 from vlm.family import Generative
 from vlm.generation.beams import generate_beams
 from vlm.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
@@ -88,7 +89,7 @@ def generate(
 
     Raises:
       UserError: an unknown or impossible setting, a prompt that leaves no room, a token id outside the vocabulary,
-        arrays that do not fit one another, scores that are no numbers.
+        arrays that do not fit one another or the model (images of another size), scores that are no numbers.
     """
     _check_generative(model)
     base = {} if config is None else {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
@@ -101,9 +102,8 @@ def generate(
         raise UserError("rng: only draws use it; expected do_sample=True")
     prompt, steps = _plan(model, arrays, config, stop_ids)
     decoder = model.clone(decoding=True)
-    options = tuple(sorted((prefill_options or {}).items()))
     padded = {name: _bucketed(x, model.context_length) for name, x in arrays.items()}
-    logits, cache = prefill(decoder, prepared.params, padded, options)
+    logits, cache = _prefill(decoder, prepared.params, padded, dict(prefill_options or {}))
     longest = prompt.tokens.shape[1] + steps
     keys = _keys(config, rng, len(logits)) if config.do_sample else None
     traced, static = numbers(config, stop_ids, longest), _static(config)
@@ -120,6 +120,22 @@ def _lay_out(params: Any, parts: tuple[tuple[str, int], ...]) -> Any:
 def prefill(model: Any, params: Any, batch: dict[str, jax.Array], options: tuple[tuple[str, Any], ...] = ()) -> Any:
     """The compiled `model.prefill`: logits [B, V] and cache."""
     return model.apply({"params": params}, **batch, **dict(options), method="prefill")
+
+
+def _prefill(decoder: Any, params: Any, batch: dict[str, Any], options: Mapping[str, Any]) -> Any:
+    """`prefill`, and in plain words what the model refuses."""
+    known = [p.name for p in inspect.signature(type(decoder).prefill).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            choices = did_you_mean(name, known) or "; it takes none"
+            raise UserError(f"prefill_options: {type(decoder).__name__} has no option {name!r}{choices}")
+    try:
+        return prefill(decoder, params, batch, tuple(sorted(options.items())))
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(f"{name} {tuple(np.shape(x))}" for name, x in batch.items())
+        raise UserError(f"batch: the model cannot read {shapes}: {' '.join(str(error).split())}") from error
 
 
 @partial(jax.jit, static_argnames=("model", "config", "steps"))

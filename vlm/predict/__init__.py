@@ -170,6 +170,7 @@ def generation_flags(options: argparse.Namespace) -> dict[str, Any]:
 def _predict(options: argparse.Namespace, images: list[Path], texts: list[str]) -> dict[str, Any]:
     from vlm.data.image import decode
     from vlm.evaluation import prompts
+    from vlm.family import NO_PROCESSOR
     from vlm.loading import load
     from vlm.predict import contrastive, grounded, writing
     from vlm.predict.output import write
@@ -180,7 +181,7 @@ def _predict(options: argparse.Namespace, images: list[Path], texts: list[str]) 
         decode(images[0])  # a wrong path or format shows before a large model is loaded
     loaded = load(options.checkpoint, dtype=options.dtype)
     if loaded[2] is None:
-        raise UserError(f"{options.checkpoint} has no tokenizer and image settings")
+        raise UserError(f"{options.checkpoint} {NO_PROCESSOR}")
     if settings is not None:
         answer = writing.run(options, images, texts, loaded, settings)
     else:

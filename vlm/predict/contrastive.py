@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.errors import UserError
 from vlm.evaluation import prompts
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.zero_shot import class_embeddings
@@ -15,9 +16,16 @@ from vlm.predict.output import rounded, write
 
 
 def run(options: Any, images: Sequence[Path], texts: Sequence[str], loaded: tuple[Any, Any, Any]) -> dict[str, Any]:
-    """Classifies, retrieves or embeds; returns the answer as JSON can hold it."""
+    """Classifies, retrieves or embeds; returns the answer as JSON can hold it.
+
+    Raises:
+      UserError: a model without joint space, or that does not read what the processor makes.
+    """
     templates = prompts.load_templates(options.template or ["{c}"])
     model, params, processor = loaded
+    if getattr(getattr(model, "config", None), "projection_dim", "unknown") is None:
+        lacks = "this model has no joint space of images and texts (projection_dim)"
+        raise UserError(f"--task={options.task}: {type(model).__name__}: {lacks}; a pretrained or retrieval model has")
     embedder = Embedder(model, params, processor, batch_size=options.batch_size)
     embedder.check(images=bool(images), texts=bool(texts))
     names, image_embeds = [str(path) for path in images], embedder.pictures(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from vlm.data.image import decode
 from vlm.errors import UserError
 from vlm.evaluation.embed import Embedder
+from vlm.evaluation.feed import blank_images, trace
 from vlm.evaluation.heads import has_head
 from vlm.evaluation.heatmap import sheet
 from vlm.evaluation.statements import judge
@@ -32,7 +34,7 @@ def match(
     """Probability of the matching head and cosine in the joint space, whichever the model has, for every pair.
 
     Raises:
-      UserError: it has neither.
+      UserError: it has neither, or does not read what the processor makes.
     """
     model, params, processor = loaded
     config = getattr(model, "config", None)
@@ -42,6 +44,7 @@ def match(
     cosines = probabilities = None
     if getattr(config, "projection_dim", None) is not None:
         embedder = Embedder(model, params, processor, batch_size=batch_size)
+        embedder.check()
         cosines = embedder.pictures(images) @ embedder.texts(texts).T
     if judges:
         probabilities = _probabilities(images, texts, loaded, batch_size)
@@ -63,7 +66,7 @@ def localise(image: Path, text: str, loaded: tuple[Any, Any, Any], layer: int | 
     """Draws where the text, and each of its words, is found in the image.
 
     Raises:
-      UserError: a model without matching head, or no such layer.
+      UserError: a model without matching head or that does not read what the processor makes, or no such layer.
     """
     from vlm.models.blip.config import BLIPConfig
     from vlm.models.blip.localise import localise as find
@@ -73,6 +76,7 @@ def localise(image: Path, text: str, loaded: tuple[Any, Any, Any], layer: int | 
         raise UserError(f"--task=localise: expected a BLIP with a matching head, found {type(model).__name__}")
     picture = decode(image)
     batch = processor(images=[picture], texts=[text], prompts=False)
+    trace("localise", lambda p, x: model.apply({"params": p}, x, method="encode_image_states"), params, batch["image"])
     found = find(model, params, batch["image"], batch["tokens"], batch["mask"], layer)
     ids = batch["tokens"][0][batch["mask"][0]].tolist()
     words = [processor.tokenizer.decode([token], skip_special=False) for token in ids[1:-1]]
@@ -100,6 +104,8 @@ def _probabilities(
     """Of every pair, [images, texts]."""
     model, params, processor = loaded
     batch = processor(texts=list(texts), **_as_texts(processor))
+    first = processor(images=blank_images())["image"], batch["tokens"][None, :1], batch["mask"][None, :1]
+    trace("match images and texts", functools.partial(judge, model, "match"), params, *first)
     found = np.zeros((len(images), len(texts)))
     for i, path in enumerate(images):
         image = processor(images=[decode(path)])["image"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,23 @@ from vlm.errors import UserError
 from vlm.evaluation.embed import Embedder
 from vlm.evaluation.writing import check_writes, generation_config, prompt_rows
 from vlm.generation import GenerationConfig, generate, prepare
-from vlm.predict.output import rounded
+from vlm.predict.output import as_flags, rounded
 
 
 def settings(task: str, given: Mapping[str, Any]) -> GenerationConfig:
     """How the task's published results were generated, with what is given in its place; samples without beams.
 
     Raises:
-      UserError: settings that contradict each other.
+      UserError: settings that contradict each other, named as the flags that they were given with.
     """
     preset = {"caption": "coco", "answer": "vqa"}[task]
     if given.get("do_sample"):
         given = {"num_beams": 1, **given}
-    return generation_config(preset, given, "generation", several=True)
+    try:
+        return generation_config(preset, given, "generation", several=True)
+    except UserError as error:
+        names = (field.name for field in dataclasses.fields(GenerationConfig))
+        raise UserError(as_flags(str(error), "generation", names)) from None
 
 
 def run(
@@ -32,6 +38,8 @@ def run(
 ) -> dict[str, Any]:
     """Prints and returns what the model writes about each image, best first."""
     model, params, processor = loaded
+    if options.task == "caption" and getattr(model, "pretrained_only", False):
+        print("note: this is a pretraining model; one fine-tuned for captions writes better", file=sys.stderr)
     prompt = texts[0] if texts else getattr(getattr(processor, "config", None), "prompt", "")
     asks = options.task == "answer"
     _check_lengths(texts, model, processor, asks)

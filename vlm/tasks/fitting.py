@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from vlm.config import complete, load
 from vlm.data.annotations import read_answer_list
 from vlm.errors import UserError
+from vlm.family import NO_PROCESSOR
 from vlm.loading import OpenModel
 from vlm.strict import plain
 from vlm.tasks.settings import Task, moved
@@ -41,7 +42,7 @@ def fitted(
     if config.get("family") != opened.family.name:
         raise UserError(f"{task.train} trains {config.get('family')}, the checkpoint is {opened.family.name}")
     if opened.processor_folder is None:
-        raise UserError(f"{checkpoint} has no tokenizer and image settings")
+        raise UserError(f"{checkpoint} {NO_PROCESSOR}")
     config["model"] = _merged(_without(plain(opened.config), _INHERITED), config.get("model", {}))
     config["init"] = tuple({**entry, "path": str(checkpoint)} for entry in config.get("init", ()))
     config["processor"] = _processor(config.get("processor", {}), opened)

@@ -1,5 +1,8 @@
 """BLIP writes what Hugging Face's `generate` writes; its cached steps are its full forward pass."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from vlm.errors import UserError
 from vlm.generation import prepare
 from vlm.models.blip.model import BLIP
 
-from ...quick import random_params
+from ...quick import apply, random_params
 
 PROMPTS = np.array([[58, 11, 12, 13], [58, 21, 22, 23], [58, 31, 32, 33]], np.int32)
 SETTINGS = [
@@ -100,8 +103,6 @@ def test_cached_steps_equal_the_full_pass(hf_pair, torch_image, kind):
     _, model, params = hf_pair("captioning")
     image, _ = torch_image()
     if kind == "shared":
-        import dataclasses
-
         config = dataclasses.replace(model.config, text=model.config.decoder, decoder=None, shared_decoder=True)
         model = BLIP(config)
         params = random_params(model, image[:1], PROMPTS[:1])
@@ -138,9 +139,89 @@ def test_models_and_batches_that_cannot_write(hf_pair, torch_image):
         with pytest.raises(UserError, match=message):
             vlm.generate(model, params, asked | change)
     _, model, params = hf_pair("captioning")
+    with pytest.raises(
+        UserError, match=r"cannot read image \(3, 32, 32, 3\), .*: image: expected 24x24 pixels, found 32x32"
+    ):
+        vlm.generate(model, params, {"image": torch_image(32, 32)[0]}, max_new_tokens=3)
+    found = "has no option 'interpolate'; did you mean 'interpolate_positions'"
+    with pytest.raises(UserError, match=f"prefill_options: BLIP {found}"):
+        vlm.generate(model, params, {"image": image}, prefill_options={"interpolate": True}, max_new_tokens=3)
     with pytest.raises(UserError, match=r"with a mask of this shape, found \(4,\) and \(4,\)"):
         vlm.generate(model, params, {"image": image, "tokens": PROMPTS[0]})
     with pytest.raises(UserError, match="expected image, found tokens"):
         vlm.generate(model, params, {"tokens": PROMPTS})
     with pytest.raises(UserError, match="at most 20 tokens; asked for 24"):
         vlm.generate(model, params, {"image": image, "tokens": PROMPTS}, max_new_tokens=20)
+
+
+TEXTS = [[1, 11, 12, 13, 14, 2], [1, 21, 22, 2], [1, 31, 32, 33, 2]]
+
+
+def _padded(texts):
+    tokens = np.array([text + [0] * (7 - len(text)) for text in texts], np.int32)
+    return tokens, tokens != 0
+
+
+def _losses(monkeypatch, part, row):
+    """Theirs of one row at a time, not smoothed."""
+    monkeypatch.setattr(part, "label_smoothing", 0.0)
+    with torch.inference_mode():
+        return [float(row(number, torch.tensor([text]).long())) for number, text in enumerate(TEXTS)]
+
+
+def _as_labels(text):
+    return torch.where(torch.arange(text.shape[1]) == 0, -100, text)
+
+
+def test_captions_are_as_likely_as_hf_says(hf_pair, torch_image, monkeypatch):
+    """Its loss of every row alone is our mean; padding is nothing to us, and [CLS] is replaced by [DEC]."""
+    reference, model, params = hf_pair("captioning")
+    image, pixels = torch_image()
+
+    def row(number, text):
+        start = torch.where(text == 1, 58, text)
+        return reference(pixels[number : number + 1], start, labels=_as_labels(text)).loss
+
+    expected = _losses(monkeypatch, reference.text_decoder, row)
+    tokens, mask = _padded(TEXTS)
+    counts = mask.sum(1) - 1
+    score = functools.partial(apply, model, params, image, method="score")
+    found = score(tokens, mask)
+    assert found.dtype == np.float32 and found.shape == (3,)
+    np.testing.assert_allclose(found / counts, expected, rtol=2e-5)
+    np.testing.assert_allclose(score(tokens, mask, mean=True), expected, rtol=2e-5)
+    after = np.where(mask & (np.arange(7) > 1), tokens, -100)
+    first = score(tokens, mask, labels=np.where(np.arange(7) == 1, tokens, -100))
+    np.testing.assert_allclose(score(tokens, mask, labels=after) + first, found, rtol=1e-5)
+    np.testing.assert_array_equal(score(tokens, mask, labels=np.full_like(tokens, -100), mean=True), 0)
+    candidates = np.stack([tokens, tokens[::-1]], 1), np.stack([mask, mask[::-1]], 1)
+    both = score(*candidates)
+    assert both.shape == (3, 2) and abs(both[0, 1] - both[0, 0]) > 0.1
+    np.testing.assert_allclose(both[:, 0], found, rtol=1e-5)
+
+
+def test_answers_are_as_likely_as_hf_says(hf_pair, torch_image, monkeypatch):
+    """Its loss of every row alone, with a question that is not padded; padding is nothing to us."""
+    reference, model, params = hf_pair("answering")
+    image, pixels = torch_image()
+    questions = np.array([[1, 11, 12, 2, 0], [1, 21, 22, 23, 2], [1, 31, 2, 0, 0]], np.int32)
+
+    def row(number, text):
+        question = torch.tensor([[token for token in questions[number] if token]]).long()
+        inputs = {"labels": _as_labels(text), "decoder_input_ids": torch.where(text == 1, 58, text)}
+        return reference(question, pixels[number : number + 1], **inputs).loss
+
+    expected = _losses(monkeypatch, reference.text_decoder, row)
+    inputs = image, *_padded(TEXTS), questions, questions != 0
+    np.testing.assert_allclose(apply(model, params, *inputs, method="score", mean=True), expected, rtol=2e-5)
+
+
+def test_only_a_model_with_all_parts_of_pretraining_is_one(hf_pair):
+    config = hf_pair("captioning")[1].config
+    shared = {"text": config.decoder, "decoder": None, "shared_decoder": True}
+    for parts, expected in (
+        ({}, False),
+        (shared, False),
+        (shared | {"itm": True, "projection_dim": 4, "temperature": 0.07}, True),
+    ):
+        assert BLIP(dataclasses.replace(config, **parts)).pretrained_only is expected

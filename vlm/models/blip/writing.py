@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm.data.masking import IGNORE
 from vlm.errors import UserError
 from vlm.layers.arrays import AnyArray
 from vlm.layers.cache import DecoderCache
+from vlm.losses import token_losses
 
 
 class Writing:
@@ -46,6 +48,11 @@ class Writing:
     def pad_id(self) -> int:
         """Fills up rows that have ended."""
         return self.config.pad_id
+
+    @property
+    def pretrained_only(self) -> bool:
+        """Whether it writes with the parts of pretraining: one fine-tuned for captions has lost the others."""
+        return bool(self.config.shared_decoder and self.config.itm and self.config.projection_dim is not None)
 
     def prompt(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What `prefill` takes, for a processor's batch of images and texts.
@@ -107,6 +114,38 @@ class Writing:
         module: Any = self
         hidden, cache = module._decoder.decode(tokens, cache)
         return module.lm_logits(hidden), cache
+
+    def score(
+        self,
+        image: Float[AnyArray, "b ... h w 3"],
+        tokens: Int[AnyArray, "b ... l"],
+        mask: Bool[AnyArray, "b ... l"] | None = None,
+        question: Int[AnyArray, "b q"] | None = None,
+        question_mask: Bool[AnyArray, "b q"] | None = None,
+        *,
+        labels: Int[AnyArray, "b ... l"] | None = None,
+        mean: bool = False,
+        interpolate_positions: bool = False,
+    ) -> Float[Array, "b ..."]:
+        """Negative log-likelihood of each text, in nats: lower is likelier. Nothing is smoothed.
+
+        Args:
+          tokens, mask: captions, or answers where the model answers `question`, as `[CLS] text [SEP]` padded on the
+            right; or candidates [B, A, L] of each image, which give [B, A].
+          labels: the tokens to score, aligned with `tokens`, −100 elsewhere, as a captioner's examples have them
+            without the prompt. None: every real token after the first, [SEP] too.
+          mean: per scored token instead of the sum over them, −log p(text); 0 where there is none.
+        """
+        module: Any = self
+        states = module.encode_image_states(image, interpolate_positions=interpolate_positions).last_hidden_state
+        if question is not None:
+            states = module.encode_multimodal(question, question_mask, states).last_hidden_state
+        if labels is None:
+            labels = jnp.asarray(tokens) if mask is None else jnp.where(mask, tokens, IGNORE)
+        targets = jnp.asarray(labels)[..., 1:]
+        logits = module.decode_logits(tokens, mask, states, question_mask)
+        total = token_losses(logits[..., :-1, :], targets).sum(axis=-1)
+        return total / jnp.maximum(jnp.sum(targets != IGNORE, axis=-1), 1) if mean else total
 
 
 def _real(tokens: np.ndarray, mask: Any) -> np.ndarray:
