@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm.convert.hf_json import replaced
+from vlm.convert.hf_json import config_beside, replaced
 from vlm.convert.layouts import detect
 from vlm.convert.rules import Rule, import_tensors
 from vlm.convert.torch_file import open_tensors
@@ -32,8 +32,8 @@ from vlm.manifest import verify_manifest, write_atomically, write_manifest
 from vlm.models import FAMILIES, get_family
 from vlm.schema import ShardingConfig
 from vlm.sharding import named, place, unbox
-from vlm.strict import build, plain
-from vlm.tokenizers.files import read_json
+from vlm.strict import build, plain, replace_everywhere
+from vlm.tokenizers.loading import FILE_NAMES
 from vlm.tree import flatten, listing, unflatten
 
 FORMAT_VERSION = 1
@@ -80,6 +80,7 @@ def load(
     dtype: str | None = None,
     verify: Verify = "full",
     overrides: Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
     ema: bool = False,
 ) -> tuple[Any, dict[str, Any], Any]:
     """Loads a model from a model folder, a training run, a Hugging Face folder or an original .pth/.pt file.
@@ -94,6 +95,7 @@ def load(
         verify: "full" compares the SHA-256 of every file of a model folder, "fast" only sizes.
         overrides: architecture values to change: {"vision.activation": "gelu"} (foreign only), {"video": "average"}.
             "vision.image_size" resizes the position table (bicubic), of any checkpoint but a training run.
+        tokenizer: folder with the tokenizer's files, where they do not lie beside the weights (a lone .pth file).
         ema: the averaged parameters of a training run.
 
     Returns:
@@ -105,12 +107,12 @@ def load(
     for name, value, choices in (("dtype", dtype, (None, "bfloat16", "float32")), ("verify", verify, ("full", "fast"))):
         if value not in choices:
             raise UserError(f"{name}: expected one of {', '.join(map(repr, choices))}, found {value!r}")
-    opened = open_model(path, verify=verify, overrides=overrides)
+    opened = open_model(path, verify=verify, overrides=overrides, tokenizer=tokenizer)
     if ema and opened.run is None:
         raise UserError(f"{path}: {opened.origin} has no averaged parameters (ema); a training run has")
     for note in opened.notes:
         logging.getLogger("vlm").warning("%s: %s", path, note)
-    config = _with_dtype(opened.config, dtype) if dtype else opened.config
+    config = replace_everywhere(opened.config, "dtype", dtype) if dtype else opened.config
     opened = dataclasses.replace(opened, config=config)
     shardings = None if mesh is None else _shardings(opened, mesh, rules or ShardingConfig().rules)
     if opened.run is not None:
@@ -185,16 +187,24 @@ def save_views(
         write_manifest(folder, {"parameters": leaves}, digests=digests)
 
 
-def open_model(path: str | Path, *, verify: Verify = "full", overrides: Mapping[str, Any] | None = None) -> OpenModel:
+def open_model(
+    path: str | Path,
+    *,
+    verify: Verify = "full",
+    overrides: Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+) -> OpenModel:
     """Recognises a checkpoint and maps its tensors to parameters, lazily (arguments and errors as `load`)."""
-    path = Path(path)
+    path, words = Path(path), None if tokenizer is None else Path(tokenizer)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    if words is not None and not any((words / name).is_file() for name in FILE_NAMES):
+        raise UserError(f"{words}: expected a folder with one of {', '.join(FILE_NAMES)}")
     if path.is_dir() and (path / "model_index.json").is_file() and (path / "text_encoder").is_dir():
         opened = open_model(path / "text_encoder", verify=verify, overrides=overrides)  # a diffusers pipeline
         return dataclasses.replace(opened, processor_folder=path / "tokenizer")
     is_run = path.is_dir() and _workdir(path) is not None
-    config = _json_beside(path)
+    config = config_beside(path)
     overrides = dict(overrides or {})
     size = overrides.pop("vision.image_size", None)
     if is_run or "format_version" in config:
@@ -202,8 +212,9 @@ def open_model(path: str | Path, *, verify: Verify = "full", overrides: Mapping[
             raise UserError("vision.image_size: this is a training run; convert it first")
         opened = _open_run(path) if is_run else _open_folder(path, config, verify)
         opened = dataclasses.replace(opened, config=replaced(opened.config, overrides, opened.family.weights))
+        opened = dataclasses.replace(opened, processor_folder=words or opened.processor_folder)
     else:
-        opened = _open_foreign(path, config, overrides)
+        opened = _open_foreign(path, config, overrides, words)
     return opened if size is None else _resized(opened, size)
 
 
@@ -253,7 +264,7 @@ def load_processor(opened: OpenModel, task: str | None = None) -> Any:
     folder = opened.processor_folder
     if folder is None or not any(True for pattern in _PROCESSOR_FILES for _ in folder.glob(pattern)):
         return None
-    processor = opened.family.processor.load(folder)
+    processor = opened.family.processor.load(folder, opened.config)
     processor = processor if task is None else processor.for_task(task)
     limit = opened.family.weights.max_tokens(opened.config)
     if limit is not None:
@@ -275,15 +286,6 @@ def _abstract(family: Family, config: Any) -> Any:
         return jax.eval_shape(lambda: model.init(jax.random.key(0), **family.example(config)))["params"]
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"the model cannot be built from its configuration: {error}") from error
-
-
-def _json_beside(path: Path) -> dict[str, Any]:
-    """config.json or open_clip_config.json of a folder, or of the folder that a weight file lies in."""
-    folder = path if path.is_dir() else path.parent
-    for name in (_CONFIG, "open_clip_config.json"):
-        if (folder / name).is_file():
-            return read_json(folder / name)
-    return {}
 
 
 def _open_folder(path: Path, config: Mapping[str, Any], verify: Verify) -> OpenModel:
@@ -328,7 +330,9 @@ def _open_run(path: Path) -> OpenModel:
     return OpenModel(family, architecture, views, workdir / "processor", "training run", run=path)
 
 
-def _open_foreign(path: Path, config: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> OpenModel:
+def _open_foreign(
+    path: Path, config: Mapping[str, Any], overrides: Mapping[str, Any] | None, tokenizer: Path | None
+) -> OpenModel:
     tensors = open_tensors(path)
     families = [get_family(name) for name in FAMILIES]
     chosen = [family for family in families if config.get("model_type") in family.weights.HF_MODEL_TYPES]
@@ -343,7 +347,7 @@ def _open_foreign(path: Path, config: Mapping[str, Any], overrides: Mapping[str,
         shapes=lambda architecture: expected_params(family, architecture),
         overrides=overrides,
     )
-    folder = path if path.is_dir() else path.parent
+    folder = tokenizer or (path if path.is_dir() else path.parent)
     architecture = imported.config
     if hasattr(family.weights, "with_tokenizer"):  # it may know ids that the weights' own files do not tell
         architecture = family.weights.with_tokenizer(architecture, folder, config, overrides or {})
@@ -383,13 +387,6 @@ def _stored(dtype: Any) -> np.dtype:
     """The type to keep in memory: float64 files become float32, which is what jax computes in."""
     dtype = np.dtype(jax.numpy.dtype(dtype))
     return np.dtype(np.float32) if dtype == np.float64 else dtype
-
-
-def _with_dtype(config: Any, dtype: str) -> Any:
-    """Sets every `dtype` field of a nested configuration."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    nested = {name: _with_dtype(value, dtype) for name, value in values.items() if dataclasses.is_dataclass(value)}
-    return dataclasses.replace(config, **nested, **({"dtype": dtype} if "dtype" in values else {}))
 
 
 def _from_device(name: str, leaf: Any) -> TensorView:

@@ -44,6 +44,13 @@ def build(cls: type[T], config: Mapping[str, Any] | ConfigDict, path: str, inher
     return _build(cls, given, path, inherited or {}, None)
 
 
+def replace_everywhere(config: Any, name: str, value: Any) -> Any:
+    """A dataclass with every field of this name changed, at any depth."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    nested = {n: replace_everywhere(v, name, value) for n, v in values.items() if dataclasses.is_dataclass(v)}
+    return dataclasses.replace(config, **nested, **({name: value} if name in values else {}))
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` for `json.loads` that refuses a key given twice, of which it would drop the first."""
     result = dict(pairs)

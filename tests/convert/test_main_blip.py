@@ -284,3 +284,64 @@ def test_wrong_calls_end_with_one_line(ours, tmp_path, capsys, arguments, messag
         main([str(ours), str(tmp_path / "out"), *arguments])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A folder with a vocabulary and nothing else."""
+    letters = [*"abcdefgh", *(f"##{letter}" for letter in "abcdef")]
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]))
+    return tmp_path / "words"
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "length", "most_words"),
+    [
+        ("pretrain", None, 30, 30),
+        ("retrieval", (), 35, 30),
+        ("caption", (), 40, 30),
+        ("vqa", (), 35, 50),
+        ("nlvr", ("--random",), 64, 40),
+        ("classification", ("--random", "--labels=3"), 64, 40),
+    ],
+)
+def test_beside_the_authors_files_the_model_tells_how_its_examples_are_made(
+    source, ours, words, tmp_path, capsys, task, more, length, most_words
+):
+    file, side = source, 8
+    if more is not None:
+        side = 12
+        main([str(ours), str(tmp_path / "sized"), f"--task={task}", "--image-size=12", *more])
+        main([str(tmp_path / "sized"), str(tmp_path / "pth"), "--to=original"])
+        file = tmp_path / "pth" / "model.pth"
+    heads = {f"{part}.num_heads": 2 for part in ("vision", "text", "decoder")}
+    heads = {name: 2 for name in heads if task != "caption" or not name.startswith("text")}
+    heads = {name: 2 for name in heads if task in ("caption", "vqa") or not name.startswith("decoder")}
+    assert vlm.load(file, overrides=heads)[2] is None
+    processor = vlm.load(file, overrides=heads, tokenizer=words)[2]
+    assert (processor.config.task, processor.config.length) == (task, length)
+    assert processor.config.clean and processor.config.words == most_words
+    assert processor.image_settings == ImageSettings(side, None, mode="exact")
+    assert processor.max_length == 6  # the model's positions
+    capsys.readouterr()
+    flags = [f"--override={name}=2" for name in heads]
+    main([str(file), str(tmp_path / "bare"), *flags])
+    assert "no tokenizer beside the weights (--tokenizer=FOLDER)" in capsys.readouterr().out
+    main([str(file), str(tmp_path / "whole"), *flags, f"--tokenizer={words}"])
+    again = vlm.load(tmp_path / "whole")[2]
+    assert dataclasses.replace(again.config, max_length=None) == processor.config and again.max_length == 6
+    assert again(texts=["A (b)!"], prompts=False)["tokens"][0, :4].tolist() == [2, 5, 6, 3]  # cleaned
+    if task == "retrieval":
+        main([str(file), str(tmp_path / "video"), *flags, "--override=video=average", f"--tokenizer={words}"])
+        assert vlm.load(tmp_path / "video")[2].config.words == 40  # MSR-VTT's
+    shutil.copy(words / "vocab.txt", tmp_path / "bare")
+    assert vlm.load(file, overrides=heads, tokenizer=words)[0].config == vlm.load(tmp_path / "whole")[0].config
+
+
+def test_a_folder_without_tokenizer_is_refused(ours, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(ours), str(tmp_path / "out"), f"--tokenizer={tmp_path}"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(f"error: {tmp_path}: expected a folder with one of ")
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ on disk once more while it runs.
     python -m vlm.convert altclip altclip_hf --to=hf               # and back, for transformers
     python -m vlm.convert CLIP_FOLDER new --text=XLMR_FOLDER       # a new AltCLIP from CLIP and XLM-R, to be trained
     python -m vlm.convert DEIT start --text=BERT_FOLDER            # a new BLIP, to be pretrained
+    python -m vlm.convert model_base_vqa.pth vqa --tokenizer=bert-base-uncased      # the authors' files have none
     python -m vlm.convert model_base.pth start --task=vqa --image-size=480          # a pretrained BLIP for a task
     python -m vlm.convert model_base.pth start --task=nlvr --random                 # and what it lacks at random
     python -m vlm.convert flava_full flava_text --to=hf --drop='(?!text/).*'        # one encoder of a FLAVA
@@ -61,6 +62,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=("vlm", "hf", "original"), default="vlm", help="what to write (default: vlm)")
     parser.add_argument("--dtype", choices=DTYPES, help="element type to write (default: as stored)")
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="take the text encoder from this model instead")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="the tokenizer's files, if not beside the weights"
+    )
     parser.add_argument("--task", help="the model that this task starts from, e.g. caption from a pretrained BLIP")
     parser.add_argument("--labels", type=int, metavar="N", help="classes, for --task=classification")
     parser.add_argument("--random", action="store_true", help="initialise what --task finds in no source")
@@ -90,19 +94,20 @@ def convert(options: argparse.Namespace) -> None:
     check_new_folder(options.target)
     opened = _open(options)
     views, extra = (_typed(part, options.dtype) for part in (opened.params, opened.extra))
+    opened = _without(options.drop, dataclasses.replace(opened, params=views, extra=extra))
     for note in opened.notes:
         print(f"note: {note}")
     processor = load_processor(opened, options.task)
     if processor is None:
-        print("note: no tokenizer and image settings beside the weights; the result has none")
-    written = [*views.values(), *(extra.values() if options.to != "hf" else ())]
-    total = sum(view.nbytes for view in written)
+        print("note: no tokenizer beside the weights (--tokenizer=FOLDER), so the result has none")
+    views, extra = opened.params, opened.extra
+    count = sum(math.prod(view.shape) for view in views.values())
+    total = sum(view.nbytes for view in (*views.values(), *(extra.values() if options.to != "hf" else ())))
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
         if options.to == "vlm":
             save_views(options.target, opened.family, opened.config, views, processor, bar.update, extra)
         else:
-            _write_foreign(options, dataclasses.replace(opened, params=views, extra=extra), processor, bar)
-    count = sum(math.prod(view.shape) for view in views.values())
+            _write_foreign(options, opened, processor, bar)
     seconds = time.perf_counter() - started
     print(
         f"{options.target}: {opened.origin} -> {options.to}, {count:,} parameters, {total:,} bytes in {seconds:.1f} s"
@@ -143,7 +148,7 @@ def _open(options: argparse.Namespace) -> Any:
     overrides = dict(map(_override, options.override))
     if options.image_size is not None:
         overrides["vision.image_size"] = options.image_size
-    opened = with_extra(open_model(options.source, overrides=overrides))
+    opened = with_extra(open_model(options.source, overrides=overrides, tokenizer=options.tokenizer))
     if opened.run is not None:
         from vlm.checkpoint import lazy_params
 
@@ -185,11 +190,6 @@ def _write_foreign(options: argparse.Namespace, opened: Any, processor: Any, bar
     """Writes Hugging Face's format, or the authors' .pth file."""
     weights, views, extra = opened.family.weights, opened.params, opened.extra
     notes: list[str] = []
-    if options.drop:
-        dropped = _dropped(options.drop, [*views, *extra])
-        notes.append(f"left out {', '.join(dropped)}")
-        views, extra = ({n: view for n, view in part.items() if n not in dropped} for part in (views, extra))
-        opened = dataclasses.replace(opened, config=weights.without(opened.config, views), extra=extra)
     if options.to == "original" and not hasattr(weights, "write_original"):
         raise UserError(f"--to=original: {opened.family.name} is written for transformers only (--to=hf)")
     if options.to == "hf" and opened.extra:
@@ -213,14 +213,20 @@ def _write_foreign(options: argparse.Namespace, opened: Any, processor: Any, bar
         print(f"note: {note}")
 
 
-def _dropped(pattern: str, names: Sequence[str]) -> list[str]:
+def _without(pattern: str | None, opened: Any) -> Any:
+    """The model without the parameters whose paths match."""
+    if pattern is None:
+        return opened
+    names = [*opened.params, *opened.extra]
     try:
         found = [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
         raise UserError(f"--drop: {pattern!r} is not a regular expression: {error}") from None
     if not found:
         raise UserError(f"--drop: {pattern!r} matches none of {listing(names, 4)}")
-    return found
+    views, extra = ({n: view for n, view in part.items() if n not in found} for part in (opened.params, opened.extra))
+    config, notes = opened.family.weights.without(opened.config, views), [*opened.notes, f"left out {', '.join(found)}"]
+    return dataclasses.replace(opened, config=config, params=views, extra=extra, notes=notes)
 
 
 @contextlib.contextmanager

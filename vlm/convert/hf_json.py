@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vlm.errors import UserError
 from vlm.strict import build, plain
+from vlm.tokenizers.files import read_json
 
 Json = Mapping[str, Any]
 T = TypeVar("T")
@@ -15,6 +17,15 @@ _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "sil
 _ACTIVATIONS |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 TO_HF = {ours: foreign for foreign, ours in _ACTIVATIONS.items()}
 """Our name of an activation function -> Hugging Face's."""
+
+
+def config_beside(path: Path) -> dict[str, Any]:
+    """config.json or open_clip_config.json of a folder, or of the folder that a weight file lies in; {} without."""
+    folder = path if path.is_dir() else path.parent
+    for name in ("config.json", "open_clip_config.json"):
+        if (folder / name).is_file():
+            return read_json(folder / name)
+    return {}
 
 
 def activation(name: Any) -> str:

@@ -18,7 +18,7 @@ from vlm.data.masking import mask_tokens
 from vlm.data.text import one_text
 from vlm.errors import UserError
 from vlm.manifest import write_atomically
-from vlm.strict import at_least
+from vlm.strict import at_least, unused
 from vlm.tokenizers import Tokenizer, load
 from vlm.tokenizers.files import read_json, read_json_if_present
 from vlm.tokenizers.loading import FILE_NAMES
@@ -67,9 +67,14 @@ class ProcessorConfig:
             model: the family's architecture; loss: its loss settings.
 
         Raises:
-            UserError: pictures of another size than the image tower's, rows longer than a position table, or tokens
-                hidden for an objective that does not predict them.
+            UserError: pictures of another size than the image tower's, rows longer than a position table, tokens
+                hidden for an objective that does not predict them, or a teacher's for one that has no teacher.
         """
+        if loss.objective != "teacher_learning":
+            try:
+                unused(self, f"objective {loss.objective!r}", "teacher_tokenizer", "teacher_max_length")
+            except ValueError as error:
+                raise UserError(f"config.processor.{error}") from None
         side, size = model.vision and model.vision.image_size, self.image.output_size
         side = side if loss.objective == "contrastive" else None  # the others read no pictures
         if side is not None and size != (side, side):
@@ -240,11 +245,12 @@ class Processor:
             write_atomically(directory / file, json.dumps(content, indent=1).encode())
 
     @classmethod
-    def load(cls, directory: str | Path) -> Processor:
-        """Reads a folder written by `save`, or a Hugging Face folder.
+    def load(cls, directory: str | Path, model: Any = None) -> Processor:
+        """Reads a folder written by `save`, a Hugging Face folder, or one with a tokenizer alone.
 
-        A part that the folder lacks (a vision tower alone has no tokenizer) is left out, and asking for it is an
-        error then. Augmentation belongs to a training run and is not stored.
+        Of the last, `model`, the architecture, tells the size of pictures, which are processed as CLIP's. A part that
+        the folder lacks (a vision tower alone has no tokenizer) is left out, and asking for it is an error then.
+        Augmentation belongs to a training run and is not stored.
 
         Raises:
             UserError: the folder holds neither a tokenizer nor image settings, or a file is wrong.
@@ -259,10 +265,14 @@ class Processor:
         settings = read_json_if_present(directory / _SETTINGS_FILE)
         if settings.get("format_version", 1) != 1:
             raise UserError(f"{directory / _SETTINGS_FILE}: format version {settings['format_version']}, expected 1")
-        teacher = directory / _TEACHER_FOLDER
+        teacher, images = directory / _TEACHER_FOLDER, None
+        if image_file is not None:
+            images = read_image_config(read_json(image_file), str(image_file))
+        elif not settings and getattr(model, "vision", None) is not None:
+            images = ImageSettings(model.vision.image_size, model.vision.image_size)
         return cls(
             load(directory) if has_tokenizer else None,
-            read_image_config(read_json(image_file), str(image_file)) if image_file else None,
+            images,
             settings.get("max_length", MAX_LENGTH),
             load(teacher) if teacher.is_dir() else None,
             teacher_max_length=settings.get("teacher_max_length", TEACHER_MAX_LENGTH),

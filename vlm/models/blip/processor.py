@@ -260,11 +260,12 @@ class Processor:
             write_atomically(directory / file, json.dumps(content, indent=1).encode())
 
     @classmethod
-    def load(cls, directory: str | Path) -> Processor:
-        """Reads a folder written by `save`, or a Hugging Face folder.
+    def load(cls, directory: str | Path, model: Any = None) -> Processor:
+        """Reads a folder written by `save`, a Hugging Face folder, or one with a tokenizer alone.
 
-        Of the latter, the model class in config.json tells the task, and texts are not cleaned. Augmentation belongs to
-        a training run and is not stored.
+        Of Hugging Face's, the model class in config.json tells the task, and texts are not cleaned. Beside the authors'
+        .pth files lies a vocabulary at most: `model`, the architecture, then tells the task and the pictures' size, and
+        texts are cleaned as they cleaned them. Augmentation belongs to a training run and is not stored.
 
         Raises:
             UserError: the folder holds neither a tokenizer nor image settings, or a file is wrong.
@@ -276,7 +277,7 @@ class Processor:
         image_file = next((directory / name for name in _IMAGE_FILES if (directory / name).is_file()), None)
         if not has_tokenizer and image_file is None:
             raise UserError(f"{directory}: no processor found; expected {_IMAGE_FILES[0]} and tokenizer files")
-        config = _stored_config(directory)
+        config = _stored_config(directory, model, has_images=image_file is not None)
         if image_file is not None:
             config = dataclasses.replace(config, image=_image_settings(image_file))
         return cls(load(directory) if has_tokenizer else None, config)
@@ -321,11 +322,13 @@ def _with_modes(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer.extended((DEC, ENC))
 
 
-def _stored_config(directory: Path) -> ProcessorConfig:
+def _stored_config(directory: Path, model: Any, has_images: bool) -> ProcessorConfig:
     path = directory / _SETTINGS_FILE
     if not path.is_file():
         names = read_json_if_present(directory / "config.json").get("architectures")
         name = str(names[0]) if isinstance(names, list) and names else ""
+        if model is not None and not has_images and not name.startswith("Blip"):
+            return ProcessorConfig.for_model(model)
         return ProcessorConfig(task=_TASKS_OF_CLASSES.get(name, "pretrain"), clean=False)
     settings = read_json(path)
     if settings.pop("format_version", 1) != 1:

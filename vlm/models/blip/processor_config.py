@@ -81,6 +81,23 @@ class ProcessorConfig:
         if not self.single_answer_weight > 0:
             raise UserError(f"single_answer_weight: expected a positive number, found {self.single_answer_weight}")
 
+    @classmethod
+    def for_model(cls, model: Any) -> ProcessorConfig:
+        """The authors' settings for an architecture: pictures of its size, and what its task's texts are cut to."""
+        if model.num_images == 2:
+            task: Task = "nlvr"
+        elif model.num_labels is not None:
+            task = "classification"
+        elif model.projection_dim is not None:
+            task = "pretrain" if model.generative is not None else "retrieval"
+        elif model.itm:
+            task = "dialog"
+        else:
+            task = "vqa" if model.text is not None and model.decoder is not None else "caption"
+        side = 384 if model.vision is None else model.vision.image_size
+        words = None if model.video == "none" else 40  # of MSR-VTT's captions
+        return cls(task=task, image=ImageSettings(side, None, mode="exact"), max_words=words)
+
     @property
     def length(self) -> int:
         """Tokens of a row."""

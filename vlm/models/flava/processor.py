@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -285,8 +286,10 @@ class Processor:
             write_atomically(directory / file, json.dumps(content, indent=1).encode())
 
     @classmethod
-    def load(cls, directory: str | Path) -> Processor:
-        """Reads a folder written by `save`, or a Hugging Face folder. Augmentation is not stored.
+    def load(cls, directory: str | Path, model: Any = None) -> Processor:
+        """Reads a folder written by `save`, a Hugging Face folder, or one with a tokenizer alone.
+
+        Of the last, `model`, the architecture, tells the size of pictures. Augmentation is not stored.
 
         Raises:
             UserError: the folder holds neither a tokenizer nor image settings, or a file is wrong.
@@ -309,6 +312,8 @@ class Processor:
             config = build(ProcessorConfig, settings, "processor")
         except UserError as error:
             raise UserError(f"{directory}: {error}") from None
+        if not settings and getattr(model, "vision", None) is not None:
+            config = config.with_image(dataclasses.replace(config.image, size=model.vision.image_size))
         return cls(load(directory) if has_tokenizer else None, config, answers)
 
     def _tokenizer(self) -> Tokenizer:
