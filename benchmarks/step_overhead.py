@@ -1,13 +1,14 @@
 """What train.py's loop adds to a step.
 
-    python -m benchmarks.step_overhead [--steps=120]
+    python -m benchmarks.step_overhead [--steps=120] [--config.KEY=VALUE …]
 
 Runs the real command on the handwritten digits (a step of tens of milliseconds: the hardest case, since the overhead
-of a step does not grow with the model), then the same compiled step alone on the last batch, back to back. Prints one
-JSON line: milliseconds per step of both, and where the loop's time goes: calling the step, waiting for it, waiting for
-data, and the rest. `loop_cpu_milliseconds` is what the loop's thread itself computes per step outside the compiled
-function, and `loop_cpu_share` its share of the step. On an accelerator that and the loader's work run beside the step;
-on a CPU backend both take cycles from it, which is the difference between the two step times.
+of a step does not grow with the model; a larger one: --config.model.vision.num_layers=24), then the same compiled step
+alone on the last batch, back to back. Prints one JSON line: milliseconds per step of both, and where the loop's time
+goes: calling the step, waiting for it, waiting for data, and the rest; `overhead_share` is what all that adds to the
+step alone. `loop_cpu_milliseconds` is what the loop's thread itself computes per step outside the compiled function,
+and `loop_cpu_share` its share of the step. On an accelerator that and the loader's work run beside the step; on a CPU
+backend both take cycles from it, which is the difference between the two step times.
 """
 
 from __future__ import annotations
@@ -97,14 +98,22 @@ def main() -> None:
     """Measures and prints one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
-    options = parser.parse_args()
+    options, overrides = parser.parse_known_args()
     clock = Clock()
     clock.watch()
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder) / "data")
         changes = {"train.steps": options.steps, "train.eval_every": 0, "optimizer.schedule.warmup_steps": 1}
         flags = [f"--config.{key}={value}" for key, value in changes.items()]
-        train.main([f"--config=configs/digits.py:clip,{folder}", f"--workdir={folder}/run", "--config.eval={}", *flags])
+        train.main(
+            [
+                f"--config=configs/digits.py:clip,{folder}",
+                f"--workdir={folder}/run",
+                "--config.eval={}",
+                *flags,
+                *overrides,
+            ]
+        )
     steps, total = clock.steps - WARMUP, clock.ended - clock.began
     own, bare = total - sum(clock.spent.values()), alone(clock.again, steps)
     record = {"benchmark": "step_overhead", "steps": steps, "milliseconds_per_step": round(1e3 * total / steps, 3)}
@@ -112,7 +121,11 @@ def main() -> None:
         "step_alone_milliseconds": round(1e3 * bare, 3),
         "loop_cpu_milliseconds": round(1e3 * clock.cpu / steps, 3),
     }
-    record |= {"loop_cpu_share": round(clock.cpu / steps / bare, 4)}
+    record |= {
+        "overhead_share": round(total / steps / bare - 1, 4),
+        "loop_cpu_share": round(clock.cpu / steps / bare, 4),
+    }
+    record |= {"overrides": overrides}
     record |= {f"{name}_milliseconds": round(1e3 * spent / steps, 3) for name, spent in clock.spent.items()}
     record |= {"rest_milliseconds": round(1e3 * own / steps, 3)}
     print(json.dumps(record | {"load": round(os.getloadavg()[0], 2)}))
