@@ -95,12 +95,12 @@ def train(config: Any, settings: Config, workdir: Path, allow_change: bool = Fal
         # The state: from the newest verified checkpoint, or new.
         kept = {name: getattr(settings.train, name) for name in ("keep", "keep_every", "verify")}
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", **kept))
-        state = begin(settings, parts, placements, mesh, checkpoints, loader.fingerprint, allow_change)
-        from_primary(lambda: folder.record(workdir, config, processor))
+        state = begin(settings, parts, placements, mesh, checkpoints, loader.fingerprint, allow_change, processor)
 
         # What happens between steps.
         start, several = int(state.step), jax.process_count() > 1
         report = stack.enter_context(make_report(settings, config, workdir, start, loader.steps_of_streams))
+        from_primary(lambda: folder.record(workdir, config, processor))
         results = lambda number: workdir / "eval" / f"step_{number:08d}.json"  # noqa: E731
         samples = folder.Samples(workdir, settings.train.sample_images)
 

@@ -285,7 +285,8 @@ def _finetune(task: str) -> ConfigDict:
     else:
         _use(config, task)
     config.optimizer = _adamw(rate, {"name": "cosine", "warmup_steps": 2000}, weight_decay=1e-2)
-    config.optimizer.groups = _frozen("(vision|text|fusion)/pooler/.*|vision/mask_embedding")
+    unread = "(vision|text|fusion)/pooler/.*|(vision|text)/output_norm/.*|vision/mask_embedding"
+    config.optimizer.groups = _frozen(unread)
     config.train = {"steps": steps, "log_every": 50, "checkpoint_every": 2000, "text_lengths": (32, 48)}
     return config
 

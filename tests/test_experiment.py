@@ -1,5 +1,7 @@
 """The parts of a real family's run: AltCLIP's contrastive training on meshes, checkpoints that start the next stage."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from vlm import schema, sharding
+from vlm.checks import check_batch, reaches
 from vlm.config import build, complete
 from vlm.errors import UserError
 from vlm.experiment import compile_step, experiment, text_lengths
@@ -26,6 +29,12 @@ MODEL = {
 }
 PROCESSOR = {"image": {"size": 8, "crop": 8}, "max_length": LENGTH}
 GROUPS = (("vision/.*|vision_projection/.*", {"freeze": True}), (".*", {}))
+
+
+DATA = {"batch_size": BATCH, "sources": ({"kind": "jsonl", "path": "absent"},)}
+FROZEN = (".*", {"freeze": True})
+LEARNING = {"objective": "teacher_learning"}
+CLIP = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
 
 
 def settings(**changes):
@@ -171,6 +180,32 @@ def test_float32_is_multiplied_in_float32(compute):
             {"train": {"text_lengths": (4,), "pack_texts": 4}, "loss": {"objective": "lm"}},
             r"pack_texts: this objective of altclip reads whole rows: expected 1",
         ),
+        ({"train": {"text_lengths": (4, 7)}, "data": DATA}, r"text_lengths: .* the 6 tokens of a row, found \(4, 7\)"),
+        (
+            {"data": {"teacher_cache": "cache"}},
+            "teacher_cache: objective 'contrastive' learns from no embeddings computed before; .* found 'cache'",
+        ),
+        ({"data": {"teacher_cache": "cache"}, "loss": {"objective": "lm"}}, "teacher_cache: objective 'lm' learns"),
+        (
+            {"data": {"teacher_cache": "cache"}, "loss": LEARNING | {"teacher": CLIP}},
+            r"config\.loss\.teacher: expected None with config\.data\.teacher_cache, found a live teacher",
+        ),
+        (
+            {"data": {"teacher_cache": "c"}, "loss": LEARNING, "processor": PROCESSOR | {"teacher_tokenizer": "clip"}},
+            r"processor\.teacher_tokenizer: expected None with config\.data\.teacher_cache, found 'clip'",
+        ),
+        (
+            {"processor": PROCESSOR | {"teacher_tokenizer": "clip"}},
+            r"processor\.teacher_tokenizer: objective 'contrastive' does not read it; expected None, found 'clip'",
+        ),
+        (
+            {"processor": PROCESSOR | {"teacher_max_length": 9}, "loss": {"objective": "lm"}},
+            r"processor\.teacher_max_length: objective 'lm' does not read it; expected 77, found 9",
+        ),
+        (
+            {"model": MODEL | {"vision": MODEL["vision"] | {"class_token": False}}},
+            r"config\.model: vision\.class_token: .*expected True, found False",
+        ),
         ({"loss": {"objective": "contrast"}}, r"config\.loss\.objective: expected one of"),
         ({"optimizer": {"groups": (("visoin/.*", {}), (".*", {}))}}, "nothing matches the rule visoin"),
     ],
@@ -178,6 +213,83 @@ def test_float32_is_multiplied_in_float32(compute):
 def test_wrong_settings(changes, message):
     with pytest.raises(UserError, match=message):
         experiment(settings(**changes))
+
+
+def test_what_is_learned_from_precomputed_embeddings_and_rows_that_lengths_fit_pass():
+    fitting = {"data": DATA | {"teacher_cache": "cache"}, "train": {"text_lengths": (4, 6)}}
+    fitting["optimizer"] = {"lr": 1e-2, "groups": (("text/.*|text_(norm|transformation)/.*", {}), FROZEN)}
+    assert experiment(settings(loss=LEARNING, **fitting)).loss_config.teacher is None
+
+
+def _check(**changes):
+    """`check_batch` for the batches of `batch_of`."""
+    parts = experiment(settings(**changes))
+    check_batch(parts, sharding.unbox(parts.init.abstract()), batch_of(0))
+
+
+POOLED = {"model": MODEL | {"text": MODEL["text"] | {"pooler": True}}}
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_what_weight_decay_alone_would_change_is_refused(remat):
+    rule = {"lr": 1e-2, "weight_decay": 0.1}
+    _check(optimizer=rule, remat=remat)
+    none = "groups: the objective gives no gradient to text/pooler/kernel; freeze what weight decay alone would change"
+    with pytest.raises(UserError, match=none):
+        _check(**POOLED, optimizer=rule, remat=remat)
+    _check(**POOLED, optimizer={"lr": 1e-2}, remat=remat)
+    frozen = {"groups": (("(vision|vision_projection|text/pooler)/.*", {"freeze": True}), (".*", {}))}
+    _check(**POOLED, optimizer=rule | frozen, remat=remat)
+    streams = DATA | {"sources": (DATA["sources"][0] | {"stream": "a"},), "streams": {"a": 1.0}}
+    _check(**POOLED, optimizer=rule, remat=remat, data=streams)  # another stream's batches may train it
+
+
+def test_an_unread_norm_is_refused():
+    parts = experiment(settings(optimizer={"lr": 1e-2, "weight_decay": 0.1, "decay_exclude": ()}))
+    loss = dataclasses.replace(parts, loss=lambda params, *more: parts.loss(params | NORM, *more))
+    with pytest.raises(UserError, match="gives no gradient to text_norm/bias, text_norm/scale; freeze"):
+        check_batch(loss, sharding.unbox(parts.init.abstract()), batch_of(0))
+
+
+NORM = {"text_norm": {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}}
+
+
+def _reached(function, *arguments):
+    return reaches(jax.make_jaxpr(function)(*arguments).jaxpr, [True])
+
+
+@jax.custom_vjp
+def _straight(x, y):
+    return x
+
+
+_straight.defvjp(lambda x, y: (x, None), lambda _, g: (g, g))
+
+
+@pytest.mark.parametrize(
+    ("function", "reached"),
+    [
+        (lambda a, b: a * 2, (True, False)),
+        (lambda a, b: a + jax.lax.stop_gradient(b), (True, False)),
+        (lambda a, b: a * jnp.asarray(jnp.asarray(b, jnp.int32), jnp.float32), (True, False)),
+        (lambda a, b: jax.jit(lambda x, y: (x * 2, y * 2))(a, b)[0], (True, False)),
+        (lambda a, b: jax.checkpoint(lambda x, y: (x * 2, y * 2))(a, b)[1], (False, True)),
+        (lambda a, b: _straight(a, b), (True, True)),
+        (lambda a, b: jax.lax.cond(a > 0, lambda: a, lambda: b), (True, True)),
+        (lambda a, b: jax.lax.scan(lambda c, _: ((c[0] * 2, c[1] + b), None), (a, b), length=3)[0][0], (True, True)),
+        (lambda a, b: jax.lax.scan(lambda c, _: ((c[1], c[0]), None), (a, b), length=2)[0][0], (True, True)),
+        (
+            lambda a, b: jax.lax.scan(lambda c, x: (c * 2, x + jax.lax.stop_gradient(b)), a, jnp.ones(3))[0],
+            (True, False),
+        ),
+        (lambda a, b: jnp.float32(3), (False, False)),
+        (lambda a, b: b, (False, True)),
+    ],
+)
+def test_which_inputs_have_a_gradient(function, reached):
+    assert tuple(_reached(function, 2.0, 3.0)) == reached
+    slopes = jax.grad(lambda a, b: function(a, b) * 1.0, argnums=(0, 1), allow_int=False)(2.0, 3.0)
+    assert all(on or slope == 0 for on, slope in zip(reached, slopes, strict=True))
 
 
 def test_a_family_that_reads_whole_rows_packs_no_texts():

@@ -1,6 +1,8 @@
 """Starting weights: which arrays of which checkpoints go where."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +131,68 @@ def test_a_teacher_has_its_own_architecture_and_what_was_assumed_is_said(opened,
         start(entry, run=run)
     start(entry, run=initial.towers_of_run(MODEL, LossConfig()))
     assert caplog.messages == ["config.init[0]: clip: heads of 64 assumed"]
+
+
+class Tokenizer:
+    """One id per letter; `changes` are attributes."""
+
+    vocab_size, pad_id, eos_id, first = 300, 1, 2, 3
+
+    def __init__(self, **changes):
+        vars(self).update(changes)
+
+    def __call__(self, texts):
+        return {"tokens": np.array([[self.first + ord(letter) % 200 for letter in text] for text in texts])}
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        ({}, None),
+        ({"vocab_size": 299}, "vocab_size 299 there and 300 in the run"),
+        ({"pad_id": 0, "eos_id": None}, "pad_id 0 there and 1 in the run, eos_id None there and 2 in the run"),
+        ({"first": 4}, "'A photo of 2 cats.' .* there and .* in the run"),
+        (None, None),
+    ],
+)
+def test_another_tokenizer_than_the_runs_is_told(opened, caplog, monkeypatch, there, told):
+    parts = {"params": {"text__token_embedding__embedding": [2.0], "vision__kernel": [1.0]}}
+    source = Opened(**parts["params"])
+    monkeypatch.setattr(initial, "open_model", lambda _: source)
+    theirs = SimpleNamespace(tokenizer=Tokenizer(**there)) if there is not None else None
+    monkeypatch.setattr(initial, "load_processor", lambda _: theirs)
+    at = lambda: Placement("a", (1,), np.dtype(np.float32), PartitionSpec(), 1)  # noqa: E731
+    tower = {"text": {"token_embedding": {"embedding": at()}}}
+    state = TrainState(at(), tower | {"vision": {"kernel": at()}}, {}, {}, {"teacher": tower}, {})  # pyright: ignore
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices())
+
+    def messages(processor, **entry):
+        caplog.clear()
+        initial.starting_weights([InitConfig("clip", **entry)], state, mesh, processor=processor)
+        return caplog.messages
+
+    run = SimpleNamespace(tokenizer=Tokenizer(), teacher_tokenizer=Tokenizer(vocab_size=7))
+    trained = "params/text was trained with another tokenizer than config.processor.tokenizer"
+    found = messages(run)
+    assert len(found) == (told is not None)
+    assert all(re.fullmatch(rf"config\.init\[0\]: clip: {trained}: {told}.*", message) for message in found), found
+    assert messages(run, include=VISION) == [] == messages(SimpleNamespace(tokenizer=None))
+    teacher = messages(run, include=TEXT, into="extra/teacher")
+    assert len(teacher) == (there is not None)
+    assert all(
+        "extra/teacher/text was" in message and "config.processor.teacher_tokenizer" in message for message in teacher
+    )
+
+
+def test_a_processor_that_cannot_be_read_stops_no_start(opened, caplog, monkeypatch):
+    source = Opened(text__token_embedding__embedding=[2.0])
+
+    def damaged(_):
+        raise UserError("damaged")
+
+    monkeypatch.setattr(initial, "load_processor", damaged)
+    initial._compare_tokenizers("clip", source, ["params/text/token_embedding/embedding"], SimpleNamespace(tokenizer=1))
+    assert caplog.messages == []
 
 
 def test_the_selected_half_of_a_run_is_all_that_is_read(tmp_path, monkeypatch):

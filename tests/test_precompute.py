@@ -1,6 +1,7 @@
 """Precomputed teacher embeddings: the same loss as the live teacher's, every sentence once, wrong calls in one line."""
 
 import dataclasses
+import json
 import re
 import shlex
 import threading
@@ -49,7 +50,7 @@ def _loss(variant, folder, extra, **changes):
     config = parse_config_flag(f"{CONFIG}:{variant},{folder}")
     config.data.batch_size = 16
     config.update(changes)
-    if "cached" in variant:
+    if "cached" in variant and "data" not in changes:
         config.data.teacher_cache = str(folder / "cache")
     settings = build(Config, config, "")
     parts = experiment(settings)
@@ -64,11 +65,48 @@ def _loss(variant, folder, extra, **changes):
     return float(value), set(batch)
 
 
+@pytest.fixture
+def several(folder, tmp_path):
+    """Twelve pairs, most with several English sentences, of which training draws one."""
+    texts = [[f"a {word} digit", f"{word} on paper", f"the number {word}"] for word in ("zero", "one", "two")]
+    lines = [{"source_text": texts[i % 3][: 1 + i % 3], "text": f"cifra {i}"} for i in range(11)]
+    lines.append({"source_text": "a nine", "text": "nueve"})
+    (tmp_path / "several.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {"sources": ({"kind": "jsonl", "path": str(tmp_path / "several.jsonl")},)}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", None)])
+def test_of_several_sentences_the_same_one_is_drawn(folder, several, tmp_path, dtype, tolerance, capsys):
+    """Float16 rounds numbers to 2^-11 of their size, and the smallest to 2^-25: a loss that is the mean of squared
+    distances s - t moves by at most the mean of 2 |s - t| e + e^2, where e is what rounding moves t by.
+    """
+    flags = [f"--config.data.sources={several['sources']}", f"--dtype={dtype}", f"--output={tmp_path / 'cache'}"]
+    assert precompute.main([f"--config={CONFIG}:tiny_teacher,{folder}", *flags]) == 0
+    assert "left out" not in capsys.readouterr().err
+    cache = TeacherCache(tmp_path / "cache")
+    assert len(cache) == 3 + 2 + 1 + 1  # of list 1 of 3 the first, of list 2 two, of list 3 all, and the string
+    teacher = {k: v for k, v in vlm.load(folder / "clip")[1].items() if k in ("text", "text_projection")}
+    live, _ = _loss("tiny_teacher", folder, {"teacher": teacher}, data=several)
+    cached, _ = _loss("tiny_teacher_cached", folder, {}, data=several | {"teacher_cache": str(tmp_path / "cache")})
+    if tolerance is None:
+        rows = np.abs(cache.lookup(["a zero digit", "one on paper", "the number two", "a nine"]))
+        error = max(2.0**-11 * float(rows.max()), 2.0**-25)
+        tolerance = (
+            2 * np.sqrt(live) * error + error**2
+        ) / live  # the mean of |s - t| is at most that of squares' root
+    assert live > 0.1 and 0 < tolerance < 0.01
+    np.testing.assert_allclose(cached, live, rtol=tolerance)
+
+
 def test_cached_and_live_teacher_give_the_same_loss(folder, capsys):
     config = f"--config={CONFIG}:tiny_teacher,{folder}"
     assert precompute.main([config, f"--output={folder / 'cache'}", "--dtype=float32", "--batch_size=13"]) == 0
     cache = TeacherCache(folder / "cache", verify=True)
     said = capsys.readouterr()
+    command = shlex.split(said.out.partition("train with ")[2])
+    followed = build(Config, parse_config_flag(f"{CONFIG}:tiny_teacher,{folder}", command), "")
+    assert followed.data.teacher_cache == str(folder / "cache") and experiment(followed).loss_config.teacher is None
+    assert [entry.into for entry in followed.init] == ["params"]
     assert f"{len(cache)} sentences" in said.out and re.search(r"^pair (\d+)/\1 \| ", said.err, re.M)
     _, params, _ = vlm.load(folder / "clip")
     live, live_keys = _loss("tiny_teacher", folder, {"teacher": {k: params[k] for k in ("text", "text_projection")}})
@@ -292,11 +330,12 @@ def test_sentences_that_training_replaces_are_left_out(capsys):
     class Pairs(list):
         name = "pairs"
 
-    texts = ["one", "two", None, "half a pair \ud83d", "one", ["three"], "four"]
-    source = Pairs([*({"source_text": text} for text in texts), {"text": "uno"}])
-    assert [text for *_, text in sentences([source], lambda part: True, 2)] == ["one", "two", "four"]
+    texts = ["one", "two", None, "half a pair \ud83d", "one", ["three", 3, "two", "5 \ud83d"], "four", [], [["six"]]]
+    source = Pairs([*({"source_text": text} for text in texts), {"text": "uno"}, {"source_text": b"seven"}])
+    found = [text for *_, text in sentences([source], lambda part: True, 2)]
+    assert found == ["one", "two", "three", "four", "seven"]
     left_out = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
-    assert [line.split(": ")[1] for line in left_out] == [f"pairs, record {number}" for number in (2, 3, 5, 7)]
+    assert [line.split(": ")[1] for line in left_out] == [f"pairs, record {n}" for n in (2, 3, 5, 5, 7, 8, 9)]
 
 
 def test_pictures_are_read_by_threads_in_order_and_once(capsys):

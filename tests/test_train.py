@@ -191,6 +191,13 @@ def test_two_streams_on_eight_devices_equal_one(tmp_path, mixed, capsys, monkeyp
     assert all(line["tokens_per_second"] / line["steps_per_second"] == pytest.approx(64) for line in single)
 
 
+def test_a_run_that_cannot_report_leaves_nothing_behind(tmp_path, data, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    status, _, err = run(*arguments(data, tmp_path / "a" / "run", "--config.train.wandb=x"), capsys=capsys)
+    assert status == 2 and "error: config.train.wandb needs the extra" in err
+    assert not (tmp_path / "a").exists()
+
+
 def test_two_processes_of_four_devices_equal_one_device(tmp_path, data, capsys, one_device):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
 
 from vlm.data.loader import Loader
 from vlm.errors import UserError
+from vlm.tree import flatten, listing, unflatten
 
 if TYPE_CHECKING:
     from vlm.experiment import Experiment
@@ -21,6 +25,8 @@ READERS = {
     "loss.teacher": "teacher_tokenizer",
 }
 """Which of a processor's tokenizers each tower reads."""
+CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat", "remat2")
+"""Equations that run a program of their own once, whose inputs and outputs are theirs."""
 
 
 def check_vocabularies(processor: Any, model: Any, loss: Any) -> None:
@@ -57,15 +63,60 @@ def check_batch(parts: Experiment, state: Any, batch: Mapping[str, Any]) -> None
       state: a train state, or what has its shapes and dtypes.
 
     Raises:
-      UserError: they do not fit the model or the objective.
+      UserError: they do not fit the model or the objective; or weight decay alone would change a parameter, because
+        the loss does not read it (where there are streams, another one's may).
     """
 
     def trace(params: Any, extra: Any, batch: Any) -> Any:
-        return parts.loss(params, extra, batch, jax.random.key(0))[0]
+        return parts.loss(unflatten(params), extra, batch, jax.random.key(0))[0]
 
     shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in sorted(batch.items()))
+    params = flatten(state.params)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, state.extra, dict(batch)))
     with tracing(f"batches of {shapes} do not fit the model"):
-        jax.eval_shape(trace, state.params, state.extra, dict(batch))
+        program = jax.make_jaxpr(trace)(*arguments).jaxpr
+    if not parts.alike:
+        return
+    reached = dict(zip(sorted(params), reaches(program, [True]), strict=False))  # the first inputs, as jax sorts them
+    groups, decay = parts.optimizer.groups, parts.optimizer.decay
+    loose = [path for path in params if not (reached[path] or groups[path].freeze) and decay[path]]
+    if loose:
+        what = f"{listing(loose, 4)}; freeze what weight decay alone would change"
+        raise UserError(f"config.optimizer.groups: the objective gives no gradient to {what}")
+
+
+def reaches(program: Any, wanted: Sequence[bool]) -> list[bool]:
+    """Which inputs of a jaxpr may have a gradient from those of its outputs that are wanted.
+
+    Exact through calls, and on the safe side elsewhere: a scan of which something is wanted may reach all that its body
+    reads, another equation all of its inputs. What is no real number carries no gradient, and nothing passes
+    `stop_gradient`.
+    """
+    live = {var for var, on in zip(program.outvars, wanted, strict=True) if on and not isinstance(var, Literal)}
+    for equation in reversed(program.eqns):
+        asked = [var in live for var in equation.outvars]
+        if any(asked) or equation.effects:
+            pairs = zip(equation.invars, _inputs(equation, asked), strict=True)
+            live |= {var for var, on in pairs if on and not isinstance(var, Literal) and _real(var.aval)}
+    return [var in live for var in program.invars]
+
+
+def _inputs(equation: Any, asked: list[bool]) -> list[bool]:
+    """`reaches` of one equation. A `custom_vjp` is not looked into: what its rule reads is not in its program."""
+    name, params = equation.primitive.name, equation.params
+    body = params.get("jaxpr")
+    body = getattr(body, "jaxpr", body)
+    if name == "stop_gradient":
+        return [False] * len(equation.invars)
+    if equation.effects or len(getattr(body, "invars", ())) != len(equation.invars):
+        return [True] * len(equation.invars)
+    if name == "scan":  # what a step hands on may be of use in a later one
+        return reaches(body, [True] * len(body.outvars))
+    return reaches(body, asked) if name in CALLS else [True] * len(equation.invars)
+
+
+def _real(aval: Any) -> bool:
+    return jnp.issubdtype(getattr(aval, "dtype", np.float32), np.inexact)
 
 
 @contextlib.contextmanager

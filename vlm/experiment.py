@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import re
 import time
@@ -42,7 +43,7 @@ from vlm.tree import flatten, listing
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts that `experiment` made."""
+    """The parts that `experiment` made; `alike`: whether all batches have the same arrays, as those of one stream."""
 
     family: Family
     model_config: Any
@@ -51,6 +52,7 @@ class Experiment:
     loss: LossFn
     optimizer: Optimizer
     init: StateInit
+    alike: bool = True
 
 
 def experiment(settings: Config, remat: str | None = None) -> Experiment:
@@ -63,17 +65,21 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
     inherited = {"dtype": settings.precision.compute, "remat": remat or settings.remat}
     model_config = build(family.config_type, settings.model, "model", inherited)
     loss_config = build(family.loss_type, settings.loss, "loss", inherited)
+    processor_config: Any = build(family.processor_type, settings.processor, "processor")
     if settings.train.text_lengths and not getattr(model_config, "mask_text_padding", True):
         raise UserError(
             "config.train.text_lengths: this model attends to padding (mask_text_padding=False): expected ()"
         )
     if settings.train.pack_texts > 1 and not getattr(loss_config, "packs_texts", False):
         raise UserError(f"config.train.pack_texts: this objective of {family.name} reads whole rows: expected 1")
-    if settings.data.teacher_cache is not None and not hasattr(loss_config, "target_dim"):
-        raise UserError(f"config.data.teacher_cache: no objective of {family.name} learns from precomputed embeddings")
-    processor_config: Any = build(family.processor_type, settings.processor, "processor")
+    if settings.data.teacher_cache is not None:
+        if not hasattr(loss_config, "check_targets"):
+            unread = f"no objective of {family.name} learns from precomputed embeddings"
+            raise UserError(f"config.data.teacher_cache: {unread}")
+        loss_config.check_targets(settings.data.teacher_cache, processor_config)
     if hasattr(processor_config, "check"):
         processor_config.check(model_config, loss_config)
+    text_lengths(settings).check(_row_lengths(settings, family, processor_config))
     model = family.module(model_config)
 
     def init_params(key: jax.Array) -> Any:
@@ -96,7 +102,17 @@ def experiment(settings: Config, remat: str | None = None) -> Experiment:
     optimizer = make_optimizer(settings.optimizer, paths, settings.train.steps)
     _check_locked(loss_config, optimizer)
     init = StateInit(init_params, init_extra, optimizer, settings.precision.frozen)
-    return Experiment(family, model_config, model, loss_config, loss, optimizer, init)
+    return Experiment(family, model_config, model, loss_config, loss, optimizer, init, not settings.data.streams)
+
+
+def _row_lengths(settings: Config, family: Family, processor_config: Any) -> list[int]:
+    """Lengths of the rows of text that the sources' examples give; no file is opened."""
+    rows, found = family.processor.rows, []
+    by_fields = "fields" in inspect.signature(rows).parameters
+    for fields in (spec.get("fields") for spec in settings.data.sources):
+        row = rows(processor_config, set(fields)) if by_fields and fields is not None else rows(processor_config)
+        found += [row["mask"][0][0]] if "mask" in row else []
+    return found
 
 
 def _check_locked(loss_config: Any, optimizer: Optimizer) -> None:

@@ -14,7 +14,7 @@ import jax
 from vlm.checkpoint import Checkpoints
 from vlm.errors import UserError, did_you_mean
 from vlm.experiment import Experiment
-from vlm.loading import open_extra, open_model
+from vlm.loading import OpenModel, load_processor, open_extra, open_model
 from vlm.schema import Config, InitConfig
 from vlm.sharding import Placement, abstract
 from vlm.training import TrainState, init_state
@@ -22,6 +22,10 @@ from vlm.tree import flatten, listing, unflatten
 
 EXTRA = "extra"
 """Where an entry of `config.init` takes a checkpoint's own extra state, not its parameters."""
+TOKENS = "token_embedding/embedding"
+"""How the path of a table ends that a tokenizer's ids select from."""
+TEXTS = ("A photo of 2 cats.", "两只猫的照片", "фото двух кошек", "صورة قطتين", "고양이 사진", "रंगीन पतंग", "猫の写真")
+"""What tokenizers are compared on."""
 Towers = Mapping[str, Any]
 FATAL = ("num_heads", "positions", "pad_id")
 NOTABLE = ("activation", "norm_eps")
@@ -50,12 +54,14 @@ def begin(
     checkpoints: Checkpoints,
     fingerprint: str,
     allow_change: bool = False,
+    processor: Any = None,
 ) -> TrainState:
     """The state that a run goes on with: of the newest verified checkpoint, or a new one with `config.init` in it.
 
     Args:
       placements: of the whole state.
       fingerprint: of the data, which a checkpoint's must equal unless `allow_change`.
+      processor: of the run, see `starting_weights`.
 
     Raises:
       UserError: other data; starting weights that do not fit.
@@ -63,7 +69,7 @@ def begin(
     found = checkpoints.restore(abstract(placements, mesh))
     if found is None:
         run = towers_of_run(parts.model_config, parts.loss_config)
-        start = starting_weights(settings.init, placements, mesh, run)
+        start = starting_weights(settings.init, placements, mesh, run, processor)
         if jax.process_index() == 0 and start and (random := still_random(start, placements)):
             print(f"not in the starting weights, so as of a new run: {random}", file=sys.stderr)
         return init_state(parts.init, placements, mesh, settings.train.seed, start)
@@ -76,26 +82,31 @@ def begin(
 
 
 def starting_weights(
-    entries: Sequence[InitConfig], placements: Any, mesh: jax.sharding.Mesh, run: Towers | None = None
+    entries: Sequence[InitConfig],
+    placements: Any,
+    mesh: jax.sharding.Mesh,
+    run: Towers | None = None,
+    processor: Any = None,
 ) -> dict[str, Any]:
     """Opens the checkpoints of `config.init`; values are read when the state is created.
 
     Args:
       placements: of the whole state.
       run: `towers_of_run`, which the checkpoints' are compared with.
+      processor: of the run, whose tokenizers are compared with those of checkpoints that give embeddings of tokens.
 
     Returns:
       Lazy arrays (or, from another training run, arrays on the mesh) by state path: "params/vision/…".
 
     Raises:
       UserError: an entry that selects nothing, something that the state has no place for, or weights of a tower with
-        other heads or positions than the run's. What else differs, and what reading a checkpoint took for granted, is
-        logged.
+        other heads or positions than the run's. What else differs, another tokenizer, and what reading a checkpoint
+        took for granted, is logged.
     """
     targets = flatten({"params": placements.params, "extra": placements.extra})
     start: dict[str, Any] = {}
     for number, entry in enumerate(entries):
-        start |= _one(entry, f"config.init[{number}]", targets, mesh, run or {})
+        start |= _one(entry, f"config.init[{number}]", targets, mesh, run or {}, processor)
     return start
 
 
@@ -106,7 +117,12 @@ def still_random(start: dict[str, Any], placements: Any) -> str:
 
 
 def _one(
-    entry: InitConfig, name: str, targets: dict[str, Placement], mesh: jax.sharding.Mesh, run: Towers
+    entry: InitConfig,
+    name: str,
+    targets: dict[str, Placement],
+    mesh: jax.sharding.Mesh,
+    run: Towers,
+    processor: Any = None,
 ) -> dict[str, Any]:
     opened = None if entry.into == EXTRA else open_model(entry.path)
     offered = opened.params if opened is not None else open_extra(entry.path)
@@ -128,6 +144,8 @@ def _one(
     if opened is not None:
         filled = {at: tower for at, tower in run.items() if any(p.startswith(f"{at}/") for p in places.values())}
         _compare(f"{name}: {entry.path}", towers(opened.config, entry.into), filled, opened.notes)
+        if processor is not None and jax.process_index() == 0:
+            _compare_tokenizers(f"{name}: {entry.path}", opened, list(places.values()), processor)
     if opened is None or opened.run is None:
         return {places[path]: offered[path] for path in wanted}
     return _from_run(opened, places, targets, mesh)
@@ -148,6 +166,33 @@ def _compare(name: str, source: Towers, run: Towers, notes: Sequence[str]) -> No
     if jax.process_index() == 0:
         for line in lines:
             logging.getLogger("vlm").warning("%s", line)
+
+
+def _compare_tokenizers(name: str, opened: OpenModel, places: Sequence[str], processor: Any) -> None:
+    """Logs where embeddings of tokens come from a checkpoint whose own tokenizer gives other ids than the run's."""
+    tables = [place.removesuffix(f"/{TOKENS}") for place in places if place.endswith(f"/{TOKENS}")]
+    if not tables:
+        return
+    teachers = tables[0].startswith("extra/") and hasattr(processor, "teacher_tokenizer")
+    key = "teacher_tokenizer" if teachers else "tokenizer"
+    ours = getattr(processor, key, None)
+    try:
+        theirs = getattr(load_processor(opened), "tokenizer", None)
+    except UserError:  # only its weights are used
+        return
+    told = _differences(theirs, ours) if None not in (ours, theirs) else ""
+    if told:
+        trained = f"{', '.join(tables)} was trained with another tokenizer than config.processor.{key}"
+        logging.getLogger("vlm").warning("%s: %s: %s", name, trained, told)
+
+
+def _differences(theirs: Any, ours: Any) -> str:
+    """In which size, special ids or first of a few texts two tokenizers differ; "" where in none."""
+    keys = ("vocab_size", "pad_id", "bos_id", "eos_id", "unk_id", "mask_id")
+    values = [(key, getattr(theirs, key, None), getattr(ours, key, None)) for key in keys]
+    pairs = ((repr(text), *(tokenizer([text])["tokens"][0].tolist() for tokenizer in (theirs, ours))) for text in TEXTS)
+    found = [value for value in values if value[1] != value[2]] or [pair for pair in pairs if pair[1] != pair[2]][:1]
+    return ", ".join(f"{what} {a} there and {b} in the run" for what, a, b in found)
 
 
 def _values(key: str, *parts: Any) -> tuple[Any, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from vlm.errors import UserError
 
 TEXT_KEYS = ("tokens", "mask", "token_types", "positions", "masked_tokens", "token_labels", "labels")
 """What has a column for every token of `tokens`, if its shape says so."""
@@ -28,6 +30,17 @@ class TextLengths:
     lengths: tuple[int, ...] = ()
     rows: int = 1
     micro_batches: int = 1
+
+    def check(self, rows: Sequence[int]) -> None:
+        """Compares the lengths with those of the rows that examples give; without any, with nothing.
+
+        Raises:
+          UserError: a length that no row has.
+        """
+        longest = max(rows, default=None)
+        if longest is not None and any(length > longest for length in self.lengths):
+            expected = f"expected at most the {longest} tokens of a row"
+            raise UserError(f"config.train.text_lengths: {expected}, found {self.lengths}")
 
     def sizes(self, batch: Mapping[str, Any]) -> list[int]:
         """The lengths for such a batch, ascending; the last is the whole row. Empty where it has no texts."""

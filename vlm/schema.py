@@ -88,6 +88,8 @@ class DataConfig:
         at_least(1, self, "batch_size", "prefetch")
         at_least(0, self, "num_workers")
         fraction(self, "max_skip_fraction")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds: expected a positive number, found {self.timeout_seconds}")
         check_streams([source.get("stream") for source in self.sources], self.streams)
 
     @property

@@ -149,12 +149,12 @@ def test_existing_cache_is_kept(cache):
 
 def test_joins_to_examples_of_any_language(cache):
     joined = WithTarget(lambda example, rng, train: {"tokens": np.zeros(3)}, TeacherCache(cache))
-    for text in ("一", "un"):
-        row = joined({"source_text": "sentence 3", "text": text}, np.random.default_rng(0), True)
+    for text, english in (("一", "sentence 3"), ("un", ["sentence 3"])):
+        row = joined({"source_text": english, "text": text}, np.random.default_rng(0), True)
         np.testing.assert_allclose(row["target"], VALUES[3], rtol=1e-3)
         assert row["tokens"].shape == (3,)
-    for wrong in ({"text": "un"}, {"source_text": None}, {"source_text": ["sentence 3"]}, {"source_text": "\ud83d"}):
-        with pytest.raises(UserError, match="source_text` ") as raised:
+    for wrong in ({"text": "un"}, {"source_text": None}, {"source_text": []}, {"source_text": "\ud83d"}):
+        with pytest.raises(UserError, match="`source_text`") as raised:
             joined(wrong, np.random.default_rng(0), True)
         assert not isinstance(raised.value, FatalDataError)  # replaced, as with a live teacher
 

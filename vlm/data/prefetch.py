@@ -80,14 +80,12 @@ class Batches:
 
     def _account(self, skips: list[tuple[Skip, ...]]) -> None:
         """Ledger and limit follow the stream's order, so that they do not depend on how threads were scheduled."""
-        settings = self._loader.settings
+        settings, endless = self._loader.settings, self._loader.num_steps is None
         for row in skips:
             self.draws += 1
             for skip in row:
                 new = self._loader.ledger.add(skip)
-                self.skipped += (
-                    new or self._loader.train
-                )  # the rows that fill up an evaluation's last batch repeat some
+                self.skipped += int(new or endless)  # the rows that fill up an evaluation's last batch repeat some
                 limit = settings.max_skip_fraction * max(self.draws, settings.skip_window)
                 if self.skipped > limit:
                     raise UserError(

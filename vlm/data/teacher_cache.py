@@ -22,6 +22,7 @@ from jaxtyping import Num
 
 from vlm.convert.writer import new_folder
 from vlm.data.ledger import FatalDataError
+from vlm.data.text import one_text
 from vlm.errors import UserError, did_you_mean
 
 _DTYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "uint16": np.uint16}
@@ -345,8 +346,13 @@ class WithTarget:
         return self.cache.teacher
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator, train: bool) -> dict[str, np.ndarray]:
-        """Applies the transform and joins the embedding."""
-        return {**self.transform(example, rng, train), "target": self.cache[english(example, self.field)]}
+        """Applies the transform and joins the embedding.
+
+        Of several English sentences it draws one where the transform draws for a live teacher: last, from `rng`.
+        """
+        row = self.transform(example, rng, train)
+        text = one_text(example.get(self.field), rng if train else None, f"`{self.field}`")
+        return {**row, "target": self.cache[english({self.field: text}, self.field)]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,15 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vlm.precompute.words import precompute_words, training_flags
 
             count = precompute_words(settings, output, **sizes)
-            flags = " ".join(map(shlex.quote, training_flags(settings, output)))
-            said = f"visual words of {count} pictures in {output}; train with {flags}"
+            flags, said = training_flags(settings, output), f"visual words of {count} pictures in {output}"
         else:
-            from vlm.precompute.sentences import precompute
+            from vlm.precompute.sentences import precompute, training_flags
 
             count = precompute(settings, output, options.dtype, **sizes)
-            said = f"{count} sentences in {output}; train with --config.data.teacher_cache={output}"
+            flags, said = training_flags(settings, output), f"{count} sentences in {output}"
         import jax
 
         if jax.process_index() == 0:
-            print(said)
+            print(f"{said}; train with {' '.join(map(shlex.quote, flags))}")
     return 0

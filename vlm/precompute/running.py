@@ -128,8 +128,12 @@ def on_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return lambda weights, batch: compiled(weights, jax.device_put(batch, split))
 
 
-def frozen_weights(settings: Config, entries: Sequence[Any], mesh: Mesh, what: str, **abstract: Any) -> Any:
+def frozen_weights(
+    settings: Config, entries: Sequence[Any], mesh: Mesh, what: str, processor: Any = None, **abstract: Any
+) -> Any:
     """The arrays of `params` or `extra`, whole on every device of `mesh`, from entries of `config.init`.
+
+    With a `processor`, what its tokenizers are to the checkpoints' is told as of a run (`starting_weights`).
 
     Raises:
       UserError: no entry gives some of them.
@@ -139,7 +143,7 @@ def frozen_weights(settings: Config, entries: Sequence[Any], mesh: Mesh, what: s
     placed = {name: sharding.place(tree, rules, everywhere.shape) for name, tree in abstract.items()}
     placements = SimpleNamespace(**({"params": {}, "extra": {}} | placed))
     with sharding.use(everywhere, rules):
-        start = starting_weights(entries, placements, everywhere)
+        start = starting_weights(entries, placements, everywhere, processor=processor)
         if missing := still_random(start, placements):
             raise UserError(f"config.init: no checkpoint gives the {what}'s weights {missing}")
         targets = flatten(placed)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from vlm import sharding
 from vlm.data.ledger import FatalDataError
 from vlm.data.source import open_sources
 from vlm.data.teacher_cache import english, sentence_key
+from vlm.data.text import one_text
 from vlm.errors import UserError
 from vlm.experiment import experiment, make_processor
 from vlm.metrics import Progress
@@ -41,7 +43,8 @@ def precompute(settings: Config, output: str, dtype: str, batch_size: int = 128,
     sources, _ = open_sources(settings.data.sources)
     mesh = running.own_devices()
     entries = [entry for entry in settings.init if entry.into.split("/")[0] == "extra"]
-    teacher = running.frozen_weights(settings, entries, mesh, "teacher", extra=parts.init.abstract().extra)["extra"]
+    extra = parts.init.abstract().extra
+    teacher = running.frozen_weights(settings, entries, mesh, "teacher", processor, extra=extra)["extra"]
     embed = running.on_devices(functools.partial(teacher_targets, loss), mesh)
 
     def rows(sentences: list[str]) -> Any:
@@ -58,6 +61,14 @@ def precompute(settings: Config, output: str, dtype: str, batch_size: int = 128,
     return running.run(output, items, rows, batch_size * mesh.size, about, on)
 
 
+def training_flags(settings: Config, output: str) -> list[str]:
+    """The flags with which training reads the embeddings in the place of the teacher, and does not load it."""
+    entries = (entry for entry in settings.init if entry.into.split("/")[0] != "extra")
+    kept = tuple({"path": entry.path, "into": entry.into, "include": entry.include} for entry in entries)
+    flags = {"data.teacher_cache": output, "loss.teacher": None, "processor.teacher_tokenizer": None, "init": kept}
+    return [f"--config.{name}={value}" for name, value in flags.items()]
+
+
 def _sentences(sources: Sequence[Any], mine: running.Mine, part_size: int) -> Iterator[tuple[int, Any, str]]:
     """Every distinct English sentence, in order, as an item of `running`: it names itself. All hosts read all text."""
     known: set[bytes] = set()
@@ -69,17 +80,31 @@ def _sentences(sources: Sequence[Any], mine: running.Mine, part_size: int) -> It
 
 
 def _texts(sources: Sequence[Any]) -> Iterator[str]:
-    """The English side of every pair, with a line of progress."""
+    """The English side of every pair, all of its sentences where it has several, with a line of progress."""
     progress = Progress(sum(map(len, sources)), enabled=jax.process_index() == 0, unit="pair")
     records = ((source, index) for source in sources for index in range(len(source)))
     with contextlib.closing(progress):
         for done, (source, index) in enumerate(records, start=1):
             progress.moved(done)
             try:
-                text = english(source[index])
+                record = source[index]
             except FatalDataError:
                 raise
             except UserError as error:  # training replaces such an example too
                 print(f"left out: {source.name}, record {index}: {error}", file=sys.stderr)
                 continue
-            yield text
+            for choice in _choices(record):
+                try:
+                    text = english({"source_text": one_text(choice, None, "`source_text`")})
+                except UserError as error:  # as is one of which this sentence is drawn
+                    print(f"left out: {source.name}, record {index}: {error}", file=sys.stderr)
+                    continue
+                yield text
+
+
+def _choices(record: Mapping[str, Any]) -> Sequence[Any]:
+    """What training draws one of (`one_text`): each item of a list as a list of its own, or the whole."""
+    value = record.get("source_text")
+    if isinstance(value, (list, tuple, np.ndarray)) and len(value):
+        return [[item] for item in value]
+    return [value]

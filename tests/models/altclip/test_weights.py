@@ -306,7 +306,7 @@ def test_assembly_from_xlmr_and_clip(xlmr, clip, tmp_path):
     np.testing.assert_array_equal(built.params["text_projection/kernel"].read(), clip.text_projection.weight.T.detach())
     with pytest.raises(UserError, match="XLM-R has no vision tower"):
         weights.assemble(text, text, shapes=shapes)
-    with pytest.raises(UserError, match=r"CLIP \(Hugging Face\) has no text encoder"):
+    with pytest.raises(UserError, match=r"CLIP \(Hugging Face\) has no XLM-R or BERT text encoder"):
         weights.assemble(vision, vision, shapes=shapes)
 
 

@@ -60,6 +60,22 @@ class LossConfig:
         }
         return towers[self.objective]
 
+    def check_targets(self, cache: str, processor: Any) -> None:
+        """Whether a run learns from the embeddings in `cache` (`data.teacher_cache`), and from nothing else.
+
+        Raises:
+          UserError: another objective, or a live teacher or its tokenizer beside the cache.
+        """
+        if self.objective != "teacher_learning":
+            expected = f"objective {self.objective!r} learns from no embeddings computed before; expected None"
+            raise UserError(f"config.data.teacher_cache: {expected}, found {cache!r}")
+        tokenizer = processor.teacher_tokenizer
+        live = {"loss.teacher": self.teacher and "a live teacher", "processor.teacher_tokenizer": tokenizer}
+        for name, found in live.items():
+            if found is not None:
+                found = repr(found) if found is tokenizer else found
+                raise UserError(f"config.{name}: expected None with config.data.teacher_cache, found {found}")
+
     def target_dim(self, model: AltCLIPConfig) -> int:
         """Numbers of the embedding that the student is trained towards."""
         if self.target == "projected" and model.projection_dim is not None:

@@ -22,7 +22,7 @@ from vlm.layers.lm_head import LMHead
 from vlm.layers.norms import LayerNorm, normalise
 from vlm.layers.transformer import first_tokens
 from vlm.losses import contrastive
-from vlm.strict import at_least
+from vlm.strict import at_least, unused
 
 normal = nn.initializers.normal
 
@@ -40,7 +40,8 @@ class AltCLIPConfig:
       logit_scale_init: initial log temperature, ln(1/0.07).
       text_norm, text_transformation: the head's LayerNorm (HF calls it `pre_LN`) and linear map.
       text_transformation_pre: a second linear map for the last layer but one (AltDiffusion-m18).
-      lm_head: a masked-language-modelling head on the text tower, tied to its token embedding.
+      lm_head: a masked-language-modelling head on the text tower, tied to its token embedding. `clip_text` has neither
+        this nor the second linear map.
     """
 
     vision: ViTConfig | None = ViTConfig(hidden_size=1024, num_layers=24, num_heads=16, mlp_dim=4096, patch_size=14)
@@ -59,6 +60,10 @@ class AltCLIPConfig:
         towers = [name for name in ("vision", "text", "clip_text") if getattr(self, name) is not None]
         if not towers or {"text", "clip_text"} <= set(towers):
             raise ValueError(f"model: expected a vision tower and/or one text tower, found {towers or 'none'}")
+        if self.vision is not None and not self.vision.class_token and self.projection_dim is not None:
+            raise ValueError("vision.class_token: vision_projection reads its state; expected True, found False")
+        if self.clip_text is not None:  # converted files say False of text_norm and text_transformation
+            unused(self, "CLIP's own text tower", "text_transformation_pre", "lm_head")
 
 
 @flax.struct.dataclass

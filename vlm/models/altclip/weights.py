@@ -140,7 +140,7 @@ def assemble(text: Imported, vision: Imported, *, shapes: Shapes, seed: int = 0)
     """
     encoder, clip = text.config.text, vision.config
     if encoder is None or clip.vision is None or clip.projection_dim is None:
-        lacks = "text encoder" if encoder is None else "vision tower with its projection"
+        lacks = "XLM-R or BERT text encoder" if encoder is None else "vision tower with its projection"
         raise UserError(f"to build AltCLIP: {text.layout if encoder is None else vision.layout} has no {lacks}")
     if "text_projection/kernel" not in vision.params:
         raise UserError(f"to build AltCLIP: {vision.layout} has no text projection; give a whole CLIP model")
