@@ -285,8 +285,9 @@ def _finetune(task: str) -> ConfigDict:
     else:
         _use(config, task)
     config.optimizer = _adamw(rate, {"name": "cosine", "warmup_steps": 2000}, weight_decay=1e-2)
-    unread = "(vision|text|fusion)/pooler/.*|(vision|text)/output_norm/.*|vision/mask_embedding"
-    config.optimizer.groups = _frozen(unread)
+    frozen = _frozen("(vision|text|fusion)/pooler/.*|vision/mask_embedding")
+    unread = r"(vision|text)/output_norm/.*"  # fusion reads what is before these norms
+    config.optimizer.groups = (*frozen[:-1], (unread, {"weight_decay": 0.0}), frozen[-1])
     config.train = {"steps": steps, "log_every": 50, "checkpoint_every": 2000, "text_lengths": (32, 48)}
     return config
 

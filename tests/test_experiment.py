@@ -234,10 +234,12 @@ POOLED = {"model": MODEL | {"text": MODEL["text"] | {"pooler": True}}}
 def test_what_weight_decay_alone_would_change_is_refused(remat):
     rule = {"lr": 1e-2, "weight_decay": 0.1}
     _check(optimizer=rule, remat=remat)
-    none = "groups: the objective gives no gradient to text/pooler/kernel; freeze what weight decay alone would change"
+    none = "groups: the objective gives no gradient to text/pooler/kernel, so that weight decay alone would change it"
     with pytest.raises(UserError, match=none):
         _check(**POOLED, optimizer=rule, remat=remat)
     _check(**POOLED, optimizer={"lr": 1e-2}, remat=remat)
+    still = {"groups": (("(vision|vision_projection|text/pooler)/.*", {"lr_multiplier": 0.0}), (".*", {}))}
+    _check(**POOLED, optimizer=rule | still, remat=remat)
     frozen = {"groups": (("(vision|vision_projection|text/pooler)/.*", {"freeze": True}), (".*", {}))}
     _check(**POOLED, optimizer=rule | frozen, remat=remat)
     streams = DATA | {"sources": (DATA["sources"][0] | {"stream": "a"},), "streams": {"a": 1.0}}
@@ -247,7 +249,7 @@ def test_what_weight_decay_alone_would_change_is_refused(remat):
 def test_an_unread_norm_is_refused():
     parts = experiment(settings(optimizer={"lr": 1e-2, "weight_decay": 0.1, "decay_exclude": ()}))
     loss = dataclasses.replace(parts, loss=lambda params, *more: parts.loss(params | NORM, *more))
-    with pytest.raises(UserError, match="gives no gradient to text_norm/bias, text_norm/scale; freeze"):
+    with pytest.raises(UserError, match="gives no gradient to text_norm/bias, text_norm/scale, so that"):
         check_batch(loss, sharding.unbox(parts.init.abstract()), batch_of(0))
 
 

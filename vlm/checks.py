@@ -50,6 +50,18 @@ def check_vocabularies(processor: Any, model: Any, loss: Any) -> None:
             raise UserError(f"config.{reader}.vocab_size: {expected}, found {rows}")
 
 
+def check_tokenizer(folder: Any, tokens: int, model: Any) -> None:
+    """Compares the tokenizer in a folder with the embeddings of an architecture: beyond their last row lie NaNs.
+
+    Raises:
+      UserError: it has more tokens than one of them has rows.
+    """
+    for reader in READERS:
+        rows = getattr(getattr(model, reader.removeprefix("model."), None), "vocab_size", None)
+        if rows is not None and tokens > rows:
+            raise UserError(f"{folder}: expected a tokenizer of at most the model's {rows} tokens, found {tokens}")
+
+
 def check_data(parts: Experiment, state: Any, loader: Loader) -> None:
     """`check_batch` for batches of a loader, of which one row is read."""
     row, size = loader.load_row(*loader.draws(0)[0]).arrays, loader.settings.batch_size
@@ -79,10 +91,11 @@ def check_batch(parts: Experiment, state: Any, batch: Mapping[str, Any]) -> None
         return
     reached = dict(zip(sorted(params), reaches(program, [True]), strict=False))  # the first inputs, as jax sorts them
     groups, decay = parts.optimizer.groups, parts.optimizer.decay
-    loose = [path for path in params if not (reached[path] or groups[path].freeze) and decay[path]]
-    if loose:
-        what = f"{listing(loose, 4)}; freeze what weight decay alone would change"
-        raise UserError(f"config.optimizer.groups: the objective gives no gradient to {what}")
+    moved = [path for path, group in groups.items() if not group.freeze and group.lr_multiplier and decay[path]]
+    if loose := [path for path in moved if not reached[path]]:
+        told = f"{listing(loose, 4)}, so that weight decay alone would change it"
+        what = "freeze it, or give it weight_decay 0, with which old checkpoints go on"
+        raise UserError(f"config.optimizer.groups: the objective gives no gradient to {told}: {what}")
 
 
 def reaches(program: Any, wanted: Sequence[bool]) -> list[bool]:

@@ -110,8 +110,11 @@ def _row_lengths(settings: Config, family: Family, processor_config: Any) -> lis
     rows, found = family.processor.rows, []
     by_fields = "fields" in inspect.signature(rows).parameters
     for fields in (spec.get("fields") for spec in settings.data.sources):
-        row = rows(processor_config, set(fields)) if by_fields and fields is not None else rows(processor_config)
-        found += [row["mask"][0][0]] if "mask" in row else []
+        if by_fields:  # of a source that names no fields, examples may be pairs or texts
+            kinds = [rows(processor_config, set(fields))] if fields else [rows(processor_config, {"text"})]
+        else:
+            kinds = [rows(processor_config)]
+        found += [row["mask"][0][0] for row in kinds if "mask" in row]
     return found
 
 

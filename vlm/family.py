@@ -91,8 +91,9 @@ class Family:
         `check(architecture, loss settings)`, which raises UserError where its examples would not fit them, and
         `for_run(architecture, loss settings)`, which gives the settings completed from them.
       processor: the class that turns images and texts into batches and has `from_config(settings)`, `save(dir)`,
-        `load(dir, architecture)`, which tells what the files do not (the size of pictures), `example(raw, rng, train)`
-        for one training example, and `rows(settings)`, its possible shapes; if examples are of several kinds,
+        `load(dir, architecture, tokenizer_dir)`: the architecture tells what the files do not (the size of pictures),
+        and the other folder, if any, has the tokenizer; `example(raw, rng, train)` for one training example, and
+        `rows(settings)`, its possible shapes; if examples are of several kinds,
         `rows(settings, fields)`: of raw examples with these fields only.
       weights: the module with the family's tables for foreign checkpoints.
     """

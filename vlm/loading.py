@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vlm.checks import check_tokenizer
 from vlm.convert.hf_json import config_beside, replaced
 from vlm.convert.layouts import detect
 from vlm.convert.rules import Rule, import_tensors
@@ -53,7 +54,7 @@ class OpenModel:
     Attributes:
         family, config: what the model is.
         params: lazy parameters by path; of a training run only their shapes are known until `load` restores them.
-        processor_folder: where tokenizer and image settings lie, if anywhere.
+        processor_folder, tokenizer_folder: where tokenizer and image settings lie, and a tokenizer to take instead.
         origin: what was recognised, in words.
         notes: assumptions and warnings for the user.
         run: the training run or step directory to restore from.
@@ -70,6 +71,7 @@ class OpenModel:
     run: Path | None = None
     extra: Mapping[str, TensorView] = dataclasses.field(default_factory=dict)
     image_size: int | None = None
+    tokenizer_folder: Path | None = None
 
 
 def load(
@@ -91,11 +93,11 @@ def load(
         path: the checkpoint; format, layout and family are detected.
         mesh: devices to shard the parameters over (see `vlm.sharding.make_mesh`); default: the first device.
         rules: logical axis -> mesh axes; default: `ShardingConfig`'s.
-        dtype: "bfloat16" or "float32": stores the parameters and computes in it. Default: parameters as stored.
+        dtype: "bfloat16" or "float32": stores the parameters and computes in it. Default: as stored.
         verify: "full" compares the SHA-256 of every file of a model folder, "fast" only sizes.
         overrides: architecture values to change: {"vision.activation": "gelu"} (foreign only), {"video": "average"}.
             "vision.image_size" resizes the position table (bicubic), of any checkpoint but a training run.
-        tokenizer: folder with the tokenizer's files, where they do not lie beside the weights (a lone .pth file).
+        tokenizer: folder of a tokenizer, of which nothing else is read, where none lies beside the weights (.pth).
         ema: the averaged parameters of a training run.
 
     Returns:
@@ -195,14 +197,14 @@ def open_model(
     tokenizer: str | Path | None = None,
 ) -> OpenModel:
     """Recognises a checkpoint and maps its tensors to parameters, lazily (arguments and errors as `load`)."""
-    path, words = Path(path), None if tokenizer is None else Path(tokenizer)
+    path, words = Path(path), tokenizer and Path(tokenizer)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if words is not None and not any((words / name).is_file() for name in FILE_NAMES):
         raise UserError(f"{words}: expected a folder with one of {', '.join(FILE_NAMES)}")
     if path.is_dir() and (path / "model_index.json").is_file() and (path / "text_encoder").is_dir():
         opened = open_model(path / "text_encoder", verify=verify, overrides=overrides)  # a diffusers pipeline
-        return dataclasses.replace(opened, processor_folder=path / "tokenizer")
+        return dataclasses.replace(opened, processor_folder=path / "tokenizer", tokenizer_folder=words)
     is_run = path.is_dir() and _workdir(path) is not None
     config = config_beside(path)
     overrides = dict(overrides or {})
@@ -212,10 +214,9 @@ def open_model(
             raise UserError("vision.image_size: this is a training run; convert it first")
         opened = _open_run(path) if is_run else _open_folder(path, config, verify)
         opened = dataclasses.replace(opened, config=replaced(opened.config, overrides, opened.family.weights))
-        opened = dataclasses.replace(opened, processor_folder=words or opened.processor_folder)
     else:
         opened = _open_foreign(path, config, overrides, words)
-    return opened if size is None else _resized(opened, size)
+    return dataclasses.replace(opened if size is None else _resized(opened, size), tokenizer_folder=words)
 
 
 def open_extra(path: str | Path) -> Mapping[str, TensorView] | None:
@@ -261,10 +262,12 @@ def _resized(opened: OpenModel, image_size: Any) -> OpenModel:
 
 def load_processor(opened: OpenModel, task: str | None = None) -> Any:
     """The processor of an opened model, made for `task`, or None where there is no tokenizer or image settings."""
-    folder = opened.processor_folder
-    if folder is None or not any(True for pattern in _PROCESSOR_FILES for _ in folder.glob(pattern)):
+    words, folder = opened.tokenizer_folder, opened.processor_folder or opened.tokenizer_folder
+    if folder is None or not (words or any(True for pattern in _PROCESSOR_FILES for _ in folder.glob(pattern))):
         return None
-    processor = opened.family.processor.load(folder, opened.config)
+    processor = opened.family.processor.load(folder, opened.config, words)
+    if words is not None:
+        check_tokenizer(words, processor.tokenizer.vocab_size, opened.config)
     processor = processor if task is None else processor.for_task(task)
     limit = opened.family.weights.max_tokens(opened.config)
     if limit is not None:
@@ -347,10 +350,10 @@ def _open_foreign(
         shapes=lambda architecture: expected_params(family, architecture),
         overrides=overrides,
     )
-    folder = tokenizer or (path if path.is_dir() else path.parent)
+    folder = path if path.is_dir() else path.parent
     architecture = imported.config
     if hasattr(family.weights, "with_tokenizer"):  # it may know ids that the weights' own files do not tell
-        architecture = family.weights.with_tokenizer(architecture, folder, config, overrides or {})
+        architecture = family.weights.with_tokenizer(architecture, tokenizer or folder, config, overrides or {})
     details = (architecture, imported.params, folder, imported.layout, imported.notes)
     return OpenModel(family, *details, extra=imported.extra)
 

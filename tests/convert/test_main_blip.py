@@ -257,7 +257,7 @@ def test_ids_are_those_of_the_tokenizer_beside_the_weights(source, tmp_path, cap
     with pytest.raises(SystemExit):
         main([str(tmp_path / "bare"), str(tmp_path / "new")])
     error = capsys.readouterr().err
-    assert "sep_token_id: expected 7, as the tokenizer beside it has" in error and error.count("\n") == 1
+    assert "sep_token_id: expected 7, as the tokenizer in" in error and error.count("\n") == 1
     assert open_model(tmp_path / "bare", overrides={"sep_id": 5, "cls_id": 4}).config.sep_id == 5
 
 
@@ -337,6 +337,31 @@ def test_beside_the_authors_files_the_model_tells_how_its_examples_are_made(
         assert vlm.load(tmp_path / "video")[2].config.words == 40  # MSR-VTT's
     shutil.copy(words / "vocab.txt", tmp_path / "bare")
     assert vlm.load(file, overrides=heads, tokenizer=words)[0].config == vlm.load(tmp_path / "whole")[0].config
+
+
+def test_of_the_tokenizers_folder_only_the_tokenizer_is_read(source, ours, words, tmp_path):
+    other = ImageSettings(16, None, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5), mode="exact")
+    stranger = Processor(None, ProcessorConfig(task="caption", image=other, clean=False, prompt="see "))
+    stranger.save(words)  # beside its vocabulary
+    heads = {"vision.num_heads": 2, "text.num_heads": 2}
+    alone = vlm.load(source, overrides=heads, tokenizer=words)[2]
+    assert (alone.config.task, alone.config.clean, alone.config.prompt) == ("pretrain", True, "a picture of ")
+    assert alone.image_settings == ImageSettings(8, None, mode="exact")
+    shutil.copytree(ours, tmp_path / "own")
+    own = ProcessorConfig(task="vqa", image=other, clean=False, prompt="look ", max_words=7)
+    Processor(None, own).save(tmp_path / "own")
+    write_manifest(tmp_path / "own", {})
+    found = vlm.load(tmp_path / "own", tokenizer=words)[2]
+    assert (found.config.task, found.config.clean, found.config.prompt, found.config.max_words) == (
+        "vqa", False, "look ", 7,
+    )  # fmt: skip
+    assert found.image_settings == other and found.tokenizer is not None
+    lines = [*(words / "vocab.txt").read_text().splitlines(), *"ijklmnop"]
+    (words / "vocab.txt").write_text("\n".join(lines))
+    with pytest.raises(
+        vlm.errors.UserError, match="words: expected a tokenizer of at most the model's 24 tokens, found"
+    ):
+        vlm.load(source, overrides=heads, tokenizer=words)
 
 
 def test_a_folder_without_tokenizer_is_refused(ours, tmp_path, capsys):

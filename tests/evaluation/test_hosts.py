@@ -51,7 +51,8 @@ for name, (module, function) in writers.items():
     usual = getattr(module, function)
     if sys.argv[2] == "0":
         setattr(module, function, full)
-    spec = specs["colours"] if name == "colours" else {"kind": "embeddings", "data": specs["colours"]["data"]}
+    embeddings = {"kind": "embeddings", "data": specs["colours"]["data"], "max_skip_fraction": 0.5}
+    spec = specs["colours"] if name == "colours" else embeddings
     with jax.set_mesh(mesh):
         try:
             evaluation.run({name: spec}, fake["ColourModel"](), params, fake["ColourProcessor"](), output=sys.argv[6])
@@ -90,9 +91,16 @@ def test_two_processes_equal_one(model, params, processor, colours, tmp_path):
     data, _ = colours(count=11, noise=150, broken=(4,))
     bootstrap = {"resamples": 10}
     names = ("red", "green", "blue", "yellow", "white")
+    data_and_limit = {"data": data, "max_skip_fraction": 0.5}
     specs = {
-        "colours": {"kind": "zero_shot", "data": data, "classnames": names, "batch_size": 3, "bootstrap": bootstrap},
-        "pairs": {"kind": "retrieval", "data": data, "batch_size": 3, "bootstrap": bootstrap},
+        "colours": {
+            "kind": "zero_shot",
+            **data_and_limit,
+            "classnames": names,
+            "batch_size": 3,
+            "bootstrap": bootstrap,
+        },
+        "pairs": {"kind": "retrieval", **data_and_limit, "batch_size": 3, "bootstrap": bootstrap},
     }
     rng = np.random.default_rng(0)
     image, text = rng.normal(size=(8, 4)), rng.normal(size=(8, 4))

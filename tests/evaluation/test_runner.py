@@ -18,10 +18,11 @@ FIELDS = {"image": "image", "label": "label"}
 
 
 def specs(data, **more):
-    zero_shot = {"kind": "zero_shot", "data": data, "classnames": NAMES, "bootstrap": {"resamples": 20}}
+    common = {"data": data, "max_skip_fraction": 0.5}
+    zero_shot = {"kind": "zero_shot", "classnames": NAMES, "bootstrap": {"resamples": 20}} | common
     return {
         "colours": zero_shot | {"pictures": 4, "batch_size": 8, "language": "en"},
-        "pairs": {"kind": "retrieval", "data": data, "pictures": 2, "bootstrap": {"resamples": 0}},
+        "pairs": {"kind": "retrieval", "pictures": 2, "bootstrap": {"resamples": 0}} | common,
         **more,
     }
 
@@ -29,7 +30,7 @@ def specs(data, **more):
 def test_results_files(model, params, processor, colours, tmp_path):
     data, _ = colours(count=12, noise=150, broken=(5,))
     output = tmp_path / "out" / "first.json"
-    extra = {"vectors": {"kind": "embeddings", "data": data, "text": "text"}}
+    extra = {"vectors": {"kind": "embeddings", "data": data, "text": "text", "max_skip_fraction": 0.5}}
     given = ConfigDict(specs(data, **extra))
     metrics = evaluation.run(given, model, params, processor, output=output, about={"checkpoint": "/c"}, progress=False)
     assert {"colours/top1", "pairs/mean_recall", "vectors/images"} <= metrics.keys()
@@ -79,13 +80,12 @@ def test_one_data_set_in_several_languages_is_embedded_once(model, params, proce
 
 def test_unreadable_examples_are_named_and_many_stop_the_evaluation(model, params, processor, colours, caplog):
     data, _ = colours(count=10, broken=(3, 8))
-    with pytest.raises(
-        UserError, match="^config.eval.colours: 2 of .*more than max_skip_fraction=0.001 allows; .*'k8'"
-    ):
-        evaluation.run(specs(data), model, params, processor, progress=False)
+    whole = {name: value for name, value in specs(data)["colours"].items() if name != "max_skip_fraction"}
+    for more, words in ({}, "1 of 4 .*fraction=0.001 allows; .*'k3'"), ({"max_skip_fraction": 0.1}, "2 of .*'k8'"):
+        with pytest.raises(UserError, match=f"^config.eval.colours: {words}"):
+            evaluation.run({"colours": whole | more}, model, params, processor, progress=False)
     caplog.clear()
-    allowed = {"colours": specs(data)["colours"] | {"max_skip_fraction": 0.5}}
-    evaluation.run(allowed, model, params, processor, progress=False)
+    evaluation.run({"colours": whole | {"max_skip_fraction": 0.2}}, model, params, processor, progress=False)
     lines = [record.getMessage() for record in caplog.records if record.name == "vlm"]
     assert len(lines) == 2 and "'k3'" in lines[0] and "'k8'" in lines[1]
     assert all("left out, it does not count" in line for line in lines)

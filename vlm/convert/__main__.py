@@ -94,7 +94,7 @@ def convert(options: argparse.Namespace) -> None:
     check_new_folder(options.target)
     opened = _open(options)
     views, extra = (_typed(part, options.dtype) for part in (opened.params, opened.extra))
-    opened = _without(options.drop, dataclasses.replace(opened, params=views, extra=extra))
+    opened, dropped = _without(options.drop, dataclasses.replace(opened, params=views, extra=extra))
     for note in opened.notes:
         print(f"note: {note}")
     processor = load_processor(opened, options.task)
@@ -107,7 +107,8 @@ def convert(options: argparse.Namespace) -> None:
         if options.to == "vlm":
             save_views(options.target, opened.family, opened.config, views, processor, bar.update, extra)
         else:
-            _write_foreign(options, opened, processor, bar)
+            notes = [f"left out {', '.join(dropped)}"] if dropped else []
+            _write_foreign(options, opened, processor, bar, notes)
     seconds = time.perf_counter() - started
     print(
         f"{options.target}: {opened.origin} -> {options.to}, {count:,} parameters, {total:,} bytes in {seconds:.1f} s"
@@ -186,10 +187,9 @@ def _override(argument: str) -> tuple[str, Any]:
         return key, text
 
 
-def _write_foreign(options: argparse.Namespace, opened: Any, processor: Any, bar: Any) -> None:
-    """Writes Hugging Face's format, or the authors' .pth file."""
+def _write_foreign(options: argparse.Namespace, opened: Any, processor: Any, bar: Any, notes: list[str]) -> None:
+    """Writes Hugging Face's format, or the authors' .pth file, and prints the notes, more of them than given."""
     weights, views, extra = opened.family.weights, opened.params, opened.extra
-    notes: list[str] = []
     if options.to == "original" and not hasattr(weights, "write_original"):
         raise UserError(f"--to=original: {opened.family.name} is written for transformers only (--to=hf)")
     if options.to == "hf" and opened.extra:
@@ -213,10 +213,10 @@ def _write_foreign(options: argparse.Namespace, opened: Any, processor: Any, bar
         print(f"note: {note}")
 
 
-def _without(pattern: str | None, opened: Any) -> Any:
-    """The model without the parameters whose paths match."""
+def _without(pattern: str | None, opened: Any) -> tuple[Any, list[str]]:
+    """The model without the parameters whose paths match, and those paths."""
     if pattern is None:
-        return opened
+        return opened, []
     names = [*opened.params, *opened.extra]
     try:
         found = [name for name in names if re.fullmatch(pattern, name)]
@@ -225,8 +225,8 @@ def _without(pattern: str | None, opened: Any) -> Any:
     if not found:
         raise UserError(f"--drop: {pattern!r} matches none of {listing(names, 4)}")
     views, extra = ({n: view for n, view in part.items() if n not in found} for part in (opened.params, opened.extra))
-    config, notes = opened.family.weights.without(opened.config, views), [*opened.notes, f"left out {', '.join(found)}"]
-    return dataclasses.replace(opened, config=config, params=views, extra=extra, notes=notes)
+    config = opened.family.weights.without(opened.config, views)
+    return dataclasses.replace(opened, config=config, params=views, extra=extra), found
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ class LoaderSettings:
         num_workers: threads; 0 works in the caller's thread.
         prefetch: batches made ahead of the one in use.
         host_index, host_count: which share of each batch this process reads.
-        max_skip_fraction: share of unreadable draws above which the run stops. Counted since the iteration began,
-            on this host, in stream order: stops when skipped > fraction * max(draws, skip_window). The window
-            keeps one bad record among the first few from counting as a large share; 0 tolerates none.
+        max_skip_fraction: share of unreadable draws, of this host, above which the run stops; 0 tolerates none. Of an
+            evaluation it is the share of its whole pass. In training it is counted since the iteration began, in stream
+            order: stops when skipped > fraction * max(draws, skip_window). The window keeps one bad record among the
+            first few from counting as a large share.
         skip_window: see above, in draws.
         watchdog_seconds: with no batch for so long, the stacks of all threads are printed to stderr, once per wait.
         timeout_seconds: with no batch for so long, the run stops.

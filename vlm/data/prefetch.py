@@ -80,13 +80,14 @@ class Batches:
 
     def _account(self, skips: list[tuple[Skip, ...]]) -> None:
         """Ledger and limit follow the stream's order, so that they do not depend on how threads were scheduled."""
-        settings, endless = self._loader.settings, self._loader.num_steps is None
+        settings, steps = self._loader.settings, self._loader.num_steps
         for row in skips:
             self.draws += 1
             for skip in row:
                 new = self._loader.ledger.add(skip)
-                self.skipped += int(new or endless)  # the rows that fill up an evaluation's last batch repeat some
-                limit = settings.max_skip_fraction * max(self.draws, settings.skip_window)
+                self.skipped += int(new or steps is None)  # rows that fill up an evaluation's last batch repeat some
+                seen = max(self.draws, settings.skip_window) if steps is None else steps * len(skips)
+                limit = settings.max_skip_fraction * seen
                 if self.skipped > limit:
                     raise UserError(
                         f"{self.skipped} of {self.draws} examples were unreadable, more than max_skip_fraction="

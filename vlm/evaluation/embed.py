@@ -121,7 +121,7 @@ class Embedder:
           advance: called with the number of examples done.
 
         Raises:
-          UserError: an example that `note` refuses, or every image is unreadable.
+          UserError: an example that `note` refuses, or more unreadable ones than `max_skip_fraction` allows.
         """
         for fed in self.feed.examples(source, self._image, note, advance):
             yield self._encode(_METHODS[features], [fed.local["image"]], valid=fed.valid), fed.notes

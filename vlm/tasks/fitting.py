@@ -52,6 +52,10 @@ def fitted(
         count = len(read_answer_list(str(answers)))
         classes = {"answers": str(answers), "num_answers": count}
         config = _merged(config, {"processor": classes, "model": {"classifier": {"num_labels": count}}})
+    text = getattr(opened.config, "text", None)
+    if text is not None:  # a smaller model's rows are shorter
+        lengths = config.get("train", {}).get("text_lengths", ())
+        config = _merged(config, {"train": {"text_lengths": tuple(n for n in lengths if n <= text.max_tokens)}})
     head = config["model"].get("classifier") or {}
     if config["processor"].get("num_labels") is not None and "num_labels" in head:
         config["processor"]["num_labels"] = head["num_labels"]

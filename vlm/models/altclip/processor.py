@@ -245,12 +245,16 @@ class Processor:
             write_atomically(directory / file, json.dumps(content, indent=1).encode())
 
     @classmethod
-    def load(cls, directory: str | Path, model: Any = None) -> Processor:
+    def load(cls, directory: str | Path, model: Any = None, tokenizer: str | Path | None = None) -> Processor:
         """Reads a folder written by `save`, a Hugging Face folder, or one with a tokenizer alone.
 
         Of the last, `model`, the architecture, tells the size of pictures, which are processed as CLIP's. A part that
         the folder lacks (a vision tower alone has no tokenizer) is left out, and asking for it is an error then.
         Augmentation belongs to a training run and is not stored.
+
+        Args:
+            directory: folder of the weights. model: the architecture. tokenizer: folder to read the tokenizer from
+                instead, and nothing else.
 
         Raises:
             UserError: the folder holds neither a tokenizer nor image settings, or a file is wrong.
@@ -258,7 +262,8 @@ class Processor:
         directory = Path(directory)
         if not directory.is_dir():
             raise UserError(f"{directory}: no such folder (expected a processor)")
-        has_tokenizer = any((directory / name).is_file() for name in FILE_NAMES)
+        words = directory if tokenizer is None else Path(tokenizer)
+        has_tokenizer = any((words / name).is_file() for name in FILE_NAMES)
         image_file = next((directory / name for name in _IMAGE_FILES if (directory / name).is_file()), None)
         if not has_tokenizer and image_file is None:
             raise UserError(f"{directory}: no processor found; expected {_IMAGE_FILES[0]} and tokenizer files")
@@ -271,7 +276,7 @@ class Processor:
         elif not settings and getattr(model, "vision", None) is not None:
             images = ImageSettings(model.vision.image_size, model.vision.image_size)
         return cls(
-            load(directory) if has_tokenizer else None,
+            load(words) if has_tokenizer else None,
             images,
             settings.get("max_length", MAX_LENGTH),
             load(teacher) if teacher.is_dir() else None,

@@ -123,8 +123,8 @@ def with_tokenizer(config: BLIPConfig, folder: Path, given: Json, overrides: Jso
     section = _section(given, "text")
     for key, name in IDS.items():
         if name in found and section.get(key) not in (None, found[name]):
-            expected = f"expected {found[name]}, as the tokenizer beside it has, or --override={name}=N"
-            raise UserError(f"{folder}/config.json: {key}: {expected}; found {section[key]}")
+            expected = f"expected {found[name]}, as the tokenizer in {folder} has, or --override={name}=N"
+            raise UserError(f"config.json: {key}: {expected}; found {section[key]}")
     return dataclasses.replace(config, **found)
 
 

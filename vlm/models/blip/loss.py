@@ -88,7 +88,7 @@ class LossConfig:
         return None
 
     def __post_init__(self) -> None:
-        reader, read = f"objective {self.objective!r}", ("objective", *_READ[self.objective])
+        reader, read = f"objective {self.objective!r}", ("objective", *_READ.get(self.objective, ()))
         if self.distill and "distill" in read:
             read += _TEACHER
         elif "distill" in read:

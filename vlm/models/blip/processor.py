@@ -260,12 +260,16 @@ class Processor:
             write_atomically(directory / file, json.dumps(content, indent=1).encode())
 
     @classmethod
-    def load(cls, directory: str | Path, model: Any = None) -> Processor:
+    def load(cls, directory: str | Path, model: Any = None, tokenizer: str | Path | None = None) -> Processor:
         """Reads a folder written by `save`, a Hugging Face folder, or one with a tokenizer alone.
 
         Of Hugging Face's, the model class in config.json tells the task, and texts are not cleaned. Beside the authors'
         .pth files lies a vocabulary at most: `model`, the architecture, then tells the task and the pictures' size, and
         texts are cleaned as they cleaned them. Augmentation belongs to a training run and is not stored.
+
+        Args:
+            directory: folder of the weights. model: the architecture. tokenizer: folder to read the tokenizer from
+                instead, and nothing else.
 
         Raises:
             UserError: the folder holds neither a tokenizer nor image settings, or a file is wrong.
@@ -273,14 +277,15 @@ class Processor:
         directory = Path(directory)
         if not directory.is_dir():
             raise UserError(f"{directory}: no such folder (expected a processor)")
-        has_tokenizer = any((directory / name).is_file() for name in FILE_NAMES)
+        words = directory if tokenizer is None else Path(tokenizer)
+        has_tokenizer = any((words / name).is_file() for name in FILE_NAMES)
         image_file = next((directory / name for name in _IMAGE_FILES if (directory / name).is_file()), None)
         if not has_tokenizer and image_file is None:
             raise UserError(f"{directory}: no processor found; expected {_IMAGE_FILES[0]} and tokenizer files")
         config = _stored_config(directory, model, has_images=image_file is not None)
         if image_file is not None:
             config = dataclasses.replace(config, image=_image_settings(image_file))
-        return cls(load(directory) if has_tokenizer else None, config)
+        return cls(load(words) if has_tokenizer else None, config)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

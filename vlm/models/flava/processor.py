@@ -286,10 +286,14 @@ class Processor:
             write_atomically(directory / file, json.dumps(content, indent=1).encode())
 
     @classmethod
-    def load(cls, directory: str | Path, model: Any = None) -> Processor:
+    def load(cls, directory: str | Path, model: Any = None, tokenizer: str | Path | None = None) -> Processor:
         """Reads a folder written by `save`, a Hugging Face folder, or one with a tokenizer alone.
 
         Of the last, `model`, the architecture, tells the size of pictures. Augmentation is not stored.
+
+        Args:
+            directory: folder of the weights. model: the architecture. tokenizer: folder to read the tokenizer from
+                instead, and nothing else.
 
         Raises:
             UserError: the folder holds neither a tokenizer nor image settings, or a file is wrong.
@@ -297,7 +301,8 @@ class Processor:
         directory = Path(directory)
         if not directory.is_dir():
             raise UserError(f"{directory}: no such folder (expected a processor)")
-        has_tokenizer = any((directory / name).is_file() for name in FILE_NAMES)
+        words = directory if tokenizer is None else Path(tokenizer)
+        has_tokenizer = any((words / name).is_file() for name in FILE_NAMES)
         image_file = next((directory / name for name in _IMAGE_FILES if (directory / name).is_file()), None)
         if not has_tokenizer and image_file is None:
             raise UserError(f"{directory}: no processor found; expected {_IMAGE_FILES[0]} and tokenizer files")
@@ -314,7 +319,7 @@ class Processor:
             raise UserError(f"{directory}: {error}") from None
         if not settings and getattr(model, "vision", None) is not None:
             config = config.with_image(dataclasses.replace(config.image, size=model.vision.image_size))
-        return cls(load(directory) if has_tokenizer else None, config, answers)
+        return cls(load(words) if has_tokenizer else None, config, answers)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
