@@ -238,7 +238,8 @@ def test_what_weight_decay_alone_would_change_is_refused(remat):
     with pytest.raises(UserError, match=none):
         _check(**POOLED, optimizer=rule, remat=remat)
     _check(**POOLED, optimizer={"lr": 1e-2}, remat=remat)
-    still = {"groups": (("(vision|vision_projection|text/pooler)/.*", {"lr_multiplier": 0.0}), (".*", {}))}
+    tower = ("(vision|vision_projection)/.*", {"freeze": True})
+    still = {"groups": (tower, ("text/pooler/.*", {"lr_multiplier": 0.0}), (".*", {}))}
     _check(**POOLED, optimizer=rule | still, remat=remat)
     frozen = {"groups": (("(vision|vision_projection|text/pooler)/.*", {"freeze": True}), (".*", {}))}
     _check(**POOLED, optimizer=rule | frozen, remat=remat)

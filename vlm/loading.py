@@ -197,7 +197,7 @@ def open_model(
     tokenizer: str | Path | None = None,
 ) -> OpenModel:
     """Recognises a checkpoint and maps its tensors to parameters, lazily (arguments and errors as `load`)."""
-    path, words = Path(path), tokenizer and Path(tokenizer)
+    path, words = Path(path), None if tokenizer is None else Path(tokenizer)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if words is not None and not any((words / name).is_file() for name in FILE_NAMES):
