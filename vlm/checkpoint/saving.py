@@ -335,12 +335,15 @@ def _failure(step: int, error: BaseException, newest: int | None) -> UserError:
 class _AlreadyRaised(logging_module.Filter):
     """Drops log records with tracebacks of orbax's errors: it raises them too, and they are reported once.
 
-    It raises the first of several that failed together, and asyncio logs the others, as never retrieved.
+    It raises the first of several that failed together, and asyncio logs the others, as never retrieved: those of
+    tensorstore have no traceback at all, since no Python code has raised them.
     """
 
     def filter(self, record: logging_module.LogRecord) -> bool:
         if not record.exc_info:
             return True
+        if record.name == "asyncio" and record.exc_info[2] is None:
+            return False
         frames = traceback.walk_tb(record.exc_info[2])
         files = [record.pathname, *(frame.f_code.co_filename for frame, _ in frames)]
         return not any(f"{os.sep}orbax{os.sep}" in file for file in files)
