@@ -283,8 +283,8 @@ def _nlvr_tiny(folder: str) -> ConfigDict:
         seed 1     54.2   55.8   55.5   59.4   58.9   58.6   59.1   58.4 %
         seed 2     53.2   60.4   57.3   58.4   56.6   56.6   55.8   55.8 %
 
-    The mean of the three at the end is 58.0 %. With a schedule of 1,300 steps seed 0 ended at 58.1 %, of 4,000 at 59.4 %:
-    more of the same brings little.
+    The mean of the three at the end is 58.0 %. With a schedule of 1,300 steps seed 0 ended at 58.1 %, of 4,000 at
+    59.4 %: more of the same brings little.
 
     What limits it: scattered objects, which the eyes have not learned to see. Of the words that describe them 67 % are
     right when describing ends (76 % after 1,000 steps of it, which left the result where it was), of those about towers
